@@ -1,0 +1,496 @@
+"""The frozen towers: one vision transformer, CLIP's text transformer, and their published weights.
+
+A tower is stepped from outside, block by block: `embed`, then every one of `blocks`, then `final`.
+The order in which two towers are stepped *is* the tuning method, and so it belongs to `model.py`.
+What a method hangs onto a block travels in an `Attached`; this file never mentions an adapter.
+
+References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
+(https://github.com/openai/CLIP). Tokens are (B, N, D) everywhere.
+"""
+
+import hashlib
+import math
+import pickle
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass, replace
+from typing import Callable, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class WeightsError(ValueError):
+    """A weight file or checkpoint that cannot be used; the message says which, what and where."""
+
+
+# ---------------------------------------------------------------------------------------------
+# The transformer block
+# ---------------------------------------------------------------------------------------------
+
+def unchanged(x):
+    return x
+
+
+class Attached(NamedTuple):
+    """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
+    attention_shortcut: Callable = unchanged    # stands on the skip connection of the attention
+    mlp_shortcut: Callable = unchanged          # stands on the skip connection of the MLP
+    beside_mlp: Optional[Callable] = None       # parallel to the MLP: normed input, in LayerScale
+
+
+NOTHING = Attached()
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value layer."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, causal=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)       # (B, heads, N, D/heads)
+        return self.out(x.transpose(1, 2).flatten(2))                       # (B, N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, width, activation):
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.activation = activation
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (DINOv2)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with three places for a tuning method (see `Attached`)."""
+
+    def __init__(self, width, heads, activation, eps, causal=False, layer_scale=False):
+        super().__init__()
+        self.causal = causal
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attention = Attention(width, heads)
+        self.scale1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, activation)
+        self.scale2 = LayerScale(width) if layer_scale else nn.Identity()
+
+    def forward(self, x, attached=NOTHING):
+        attention = self.attention(self.norm1(x), self.causal)
+        x = attached.attention_shortcut(x) + self.scale1(attention)
+        normed = self.norm2(x)
+        mlp = self.mlp(normed)
+        if attached.beside_mlp is not None:
+            mlp = mlp + attached.beside_mlp(normed)
+        return attached.mlp_shortcut(x) + self.scale2(mlp)
+
+
+# ---------------------------------------------------------------------------------------------
+# The two towers
+# ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The numbers that fix a vision tower; `load_vision` reads them off a file's tensors."""
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    grid: int               # side of the grid of learned positions
+    registers: int
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The numbers that fix a text tower; `load_text` reads them off a file's tensors."""
+    width: int
+    depth: int
+    heads: int
+    embed: int              # width of the projected sentence
+    vocabulary: int
+    positions: int          # longest text, in tokens
+
+
+VISION = {
+    "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
+    "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
+    "small": VisionShape(8, 96, 5, 4, grid=10, registers=2),
+}
+TEXT = {
+    "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
+    "small": TextShape(96, 2, 4, embed=96, vocabulary=1024, positions=32),
+}
+
+
+class ViT(nn.Module):
+    """Vision transformer: DINOv2 with registers.
+
+    Tokens are [class, registers, patches row by row], (B, 1 + registers + H/P * W/P, D). The
+    learned grid of positions is resized to the image's own grid, bicubically and antialiased, as
+    published. Raises ValueError where the patch does not divide the image.
+    """
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.prefix = 1 + shape.registers       # tokens that stand before the patches
+        self.frozen = False
+        width = shape.width
+        self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.registers = nn.Parameter(torch.zeros(1, shape.registers, width))
+        self.position = nn.Parameter(torch.zeros(1, 1 + shape.grid ** 2, width))
+        # Only self-supervised pretraining uses the mask token; kept so that files load whole.
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.blocks = nn.ModuleList(
+            Block(width, shape.heads, F.gelu, eps=1e-6, layer_scale=True)
+            for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        for parameter in (self.class_token, self.registers, self.position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def train(self, mode=True):
+        return super().train(mode and not self.frozen)
+
+    def grid(self, images):
+        """Rows and columns of patches of images (B, 3, H, W)."""
+        height, width = images.shape[-2:]
+        if height % self.shape.patch or width % self.shape.patch:
+            raise ValueError(f"the patch size {self.shape.patch} does not divide an image of "
+                             f"{height}x{width}")
+        return height // self.shape.patch, width // self.shape.patch
+
+    def positions(self, grid):
+        """Positions of the class token and of a grid (rows, columns): (1, 1 + rows*columns, D)."""
+        stored = self.shape.grid
+        if grid == (stored, stored):
+            return self.position
+        first, patches = self.position[:, :1], self.position[:, 1:]
+        patches = patches.float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, grid, mode="bicubic", antialias=True)
+        return torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
+
+    def resize(self, image_size):
+        """Resizes the stored grid of positions to square images of this size, for good."""
+        grid = self.grid(torch.empty(0, 3, image_size, image_size, device="meta"))
+        self.position = nn.Parameter(self.positions(grid).detach(), self.position.requires_grad)
+        self.shape = replace(self.shape, grid=grid[0])
+
+    def embed(self, images):
+        """Images (B, 3, H, W), normalised, to the tokens that enter the first block."""
+        grid = self.grid(images)
+        patches = self.patch(images).flatten(2).transpose(1, 2)             # (B, H/P * W/P, D)
+        batch = len(patches)
+        x = torch.cat([self.class_token.expand(batch, -1, -1), patches], dim=1)
+        x = x + self.positions(grid)
+        registers = self.registers.expand(batch, -1, -1)
+        return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+
+    def final(self, x):
+        """The tokens after the last block to the tower's output: a LayerNorm."""
+        return self.norm(x)
+
+    def as_map(self, x, grid):
+        """The patch tokens of x as a map: (B, N, D) to (B, D, rows, columns)."""
+        return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised, to the final normed tokens (B, N, D)."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.final(x)
+
+
+class TextTransformer(nn.Module):
+    """CLIP's causal text transformer.
+
+    Token ids are (B, L) with L up to 77. The end-of-text token has the highest id of the
+    vocabulary, which is how its place is found.
+    """
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.frozen = False
+        width = shape.width
+        self.embedding = nn.Embedding(shape.vocabulary, width)
+        self.position = nn.Parameter(torch.zeros(shape.positions, width))
+        self.blocks = nn.ModuleList(
+            Block(width, shape.heads, quick_gelu, eps=1e-5, causal=True)
+            for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Parameter(torch.zeros(width, shape.embed))
+        # The temperature of CLIP's pretraining loss; kept so that files load whole.
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+        nn.init.normal_(self.projection, std=width ** -0.5)
+
+    def train(self, mode=True):
+        return super().train(mode and not self.frozen)
+
+    def embed(self, tokens):
+        """Token ids (B, L) to what enters the first block (B, L, D)."""
+        length = tokens.shape[1]
+        if length > self.shape.positions:
+            raise ValueError(f"a text of {length} tokens: this tower reads at most "
+                             f"{self.shape.positions}")
+        return self.embedding(tokens) + self.position[:length]
+
+    def final(self, x, tokens):
+        """Tokens after the last block to `words` (B, L, D), normed, and `sentence` (B, E)."""
+        words = self.norm(x)
+        end = tokens.argmax(dim=-1)
+        sentence = words[torch.arange(len(words), device=words.device), end] @ self.projection
+        return words, sentence
+
+    def forward(self, tokens):
+        """Token ids (B, L) to `words` (B, L, D) and `sentence` (B, E)."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.final(x, tokens)
+
+
+def after_end(tokens):
+    """True where a token id (B, L) is padding, i.e. stands after the end-of-text token.
+
+    The authors' programs ask for id 0 instead, which is also the id of a "!" inside a word.
+    """
+    return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
+
+
+def freeze(tower):
+    """No gradients, and eval mode for good: `train()` no longer reaches the tower."""
+    tower.frozen = True
+    return tower.requires_grad_(False).eval()
+
+
+def unfreeze(tower):
+    """The tower learns, but for the two tensors that play no part outside pretraining."""
+    tower.frozen = False
+    tower.requires_grad_(True)
+    for name in ("mask_token", "logit_scale"):
+        if hasattr(tower, name):
+            getattr(tower, name).requires_grad_(False)
+    return tower.train()
+
+
+# ---------------------------------------------------------------------------------------------
+# Published weights
+# ---------------------------------------------------------------------------------------------
+
+class Published(NamedTuple):
+    file: str
+    address: str
+    sha256: Optional[str]
+
+
+CLIP_B = Published(
+    "ViT-B-16.pt",
+    "https://openaipublic.azureedge.net/clip/models/"
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f")
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"
+PUBLISHED = {
+    "dinov2-b": Published("dinov2_vitb14_reg4_pretrain.pth",
+                          DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None),
+    "dinov2-l": Published("dinov2_vitl14_reg4_pretrain.pth",
+                          DINOV2 + "dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None),
+    "clip-b": CLIP_B,
+    "vocabulary": Published(
+        "bpe_simple_vocab_16e6.txt.gz",
+        "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+}
+
+# What a tensor is called here, as a regular expression, and in the published files.
+DINOV2_NAMES = [
+    (r"^class_token", "cls_token"),
+    (r"^position", "pos_embed"),
+    (r"^registers", "register_tokens"),
+    (r"^patch\.", "patch_embed.proj."),
+    (r"\.attention\.qkv\.", ".attn.qkv."),
+    (r"\.attention\.out\.", ".attn.proj."),
+    (r"\.scale([12])\.", r".ls\1."),
+    (r"\.mlp\.up\.", ".mlp.fc1."),
+    (r"\.mlp\.down\.", ".mlp.fc2."),
+]
+CLIP_TEXT_NAMES = [
+    (r"^embedding\.", "token_embedding."),
+    (r"^position", "positional_embedding"),
+    (r"^blocks\.", "transformer.resblocks."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attention\.qkv\.", ".attn.in_proj_"),
+    (r"\.attention\.out\.", ".attn.out_proj."),
+    (r"\.mlp\.up\.", ".mlp.c_fc."),
+    (r"\.mlp\.down\.", ".mlp.c_proj."),
+    (r"^norm\.", "ln_final."),
+    (r"^projection", "text_projection"),
+]
+# Numbers that OpenAI's archives carry among their tensors.
+CLIP_ATTRIBUTES = {"input_resolution", "context_length", "vocab_size"}
+
+
+def load_vision(path, image_size=None):
+    """A frozen vision tower from a published file, told by its content (DINOv2 with registers).
+
+    `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and depths are
+    read off the tensors. With `image_size` (pixels) the grid of positions is resized to that size
+    once and for good; without, it stays as published and is resized for every input. Raises
+    WeightsError, naming the tensor, for anything missing, extra or misshapen; OSError where the
+    file cannot be read; ValueError where the patch does not divide `image_size`.
+    """
+    state = read_tensors(path)
+    if "cls_token" not in state or "register_tokens" not in state:
+        raise WeightsError(f"{path}: no vision tower of a kind known here; expected DINOv2 with "
+                           f"registers (cls_token, register_tokens, ...), found {some_of(state)}")
+    width, _, _, patch = dimensions(path, state, "patch_embed.proj.weight", 4)
+    shape = VisionShape(
+        patch, width, depth=count_blocks(path, state, "blocks"), heads=width // 64,
+        grid=math.isqrt(dimensions(path, state, "pos_embed", 3)[1] - 1),
+        registers=dimensions(path, state, "register_tokens", 3)[1])
+    tower = filled(ViT, shape, state, path, DINOV2_NAMES)
+    if image_size is not None:
+        tower.resize(image_size)
+    return tower
+
+
+def load_text(path):
+    """A frozen text tower from a published file, told by its content (OpenAI's CLIP).
+
+    `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). Errors: as `load_vision`.
+    """
+    state = read_tensors(path)
+    if "token_embedding.weight" not in state:
+        raise WeightsError(f"{path}: no text tower of a kind known here; expected CLIP "
+                           f"(token_embedding.weight, ...), found {some_of(state)}")
+    state = {name: tensor for name, tensor in state.items()
+             if not name.startswith("visual.") and name not in CLIP_ATTRIBUTES}
+    vocabulary, width = dimensions(path, state, "token_embedding.weight", 2)
+    shape = TextShape(
+        width, depth=count_blocks(path, state, "transformer.resblocks"), heads=width // 64,
+        embed=dimensions(path, state, "text_projection", 2)[1], vocabulary=vocabulary,
+        positions=dimensions(path, state, "positional_embedding", 2)[0])
+    return filled(TextTransformer, shape, state, path, CLIP_TEXT_NAMES)
+
+
+def read_tensors(path):
+    """Name -> tensor of a PyTorch file or TorchScript archive, on the CPU."""
+    try:
+        # A TorchScript archive is a zip file that holds its program under code/.
+        if zipfile.is_zipfile(path) and any(
+                "/code/" in name for name in zipfile.ZipFile(path).namelist()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # that TorchScript is old; so are the files
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:                      # each reader has exceptions of its own
+        raise unreadable(path, error) from None
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            for name, tensor in state.items()):
+        raise WeightsError(f"{path}: not a table of named tensors")
+    return dict(state)
+
+
+def unreadable(path, error):
+    """The WeightsError for a file that PyTorch refused with `error`."""
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        reason = "it holds more than tensors and plain values, which could run code"
+    return WeightsError(f"{path}: not a readable weight file: {reason}; fetch it again")
+
+
+def count_blocks(path, state, prefix):
+    numbers = [int(match[1]) for match in
+               (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state) if match]
+    if not numbers:
+        raise WeightsError(f"{path}: no tensor {prefix}.0.* in the file")
+    return max(numbers) + 1
+
+
+def dimensions(path, state, name, count):
+    """The shape of a tensor that must be there with so many dimensions, none of them 0."""
+    if name not in state:
+        raise WeightsError(f"{path}: tensor {name} is missing")
+    shape = tuple(state[name].shape)
+    if len(shape) != count or 0 in shape:
+        raise WeightsError(f"{path}: tensor {name} is misshapen, {shape}")
+    return shape
+
+
+def some_of(state):
+    return ", ".join(list(state)[:4]) + (", ..." if len(state) > 4 else "")
+
+
+def filled(tower_class, shape, state, path, names):
+    """A frozen tower of this shape that holds exactly these tensors, in single precision."""
+    with torch.device("meta"):
+        tower = tower_class(shape)
+    fill(tower, state, path, names)
+    return freeze(tower)
+
+
+def fill(module, state, path, names=()):
+    """Puts the tensors of `state` in place of all of `module`'s.
+
+    `names` translates the module's own names into those of the file. Raises WeightsError that
+    names, in the file's words, the first tensor missing, unexpected or misshapen, and their count.
+    """
+    own, theirs = module.state_dict(), {}
+    for name in own:
+        other = name
+        for pattern, replacement in names:
+            other = re.sub(pattern, replacement, other)
+        theirs[other] = name
+    for problem, found in (
+            ("missing", [n for n in theirs if n not in state]),
+            ("unexpected", [n for n in state if n not in theirs]),
+            ("misshapen", [n for n in theirs if state[n].shape != own[theirs[n]].shape]
+             if theirs.keys() <= state.keys() else [])):
+        if found:
+            detail = ""
+            if problem == "misshapen":
+                detail = (f", {tuple(state[found[0]].shape)} in the file, "
+                          f"{tuple(own[theirs[found[0]]].shape)} expected")
+            raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: "
+                               f"{found[0]}{detail}")
+    module.load_state_dict({theirs[n]: tensor.to(own[theirs[n]].dtype)
+                            for n, tensor in state.items()}, assign=True)
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,780 @@
+"""From files to tensors: CLIP's tokenizer, REFER data sets, the letterbox, and drawn data.
+
+    python data.py shapes DIR       draws the `shapes` data set into DIR/shapes
+    python data.py check DIR        compares the data sets found in DIR with their published sizes
+
+A REFER data set is a folder `DATA/NAME` with `instances.json` (COCO's annotations) and
+`refs(SPLITBY).p` (who is meant, and in which words), read as it is: no conversion, no database.
+"""
+
+import argparse
+import functools
+import gzip
+import html
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pycocotools.mask
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says which file and entry, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------
+
+MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
+START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's pattern, to be matched on `kinds(text)` in place of the text.
+PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|0|[^ a-z0]+")
+
+
+def clean(text):
+    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), white space folded."""
+    text = html.unescape(html.unescape(text)).strip()
+    return "".join(" " if is_space(c) else c for c in text).strip(" ").lower() if text else ""
+
+
+def is_space(character):
+    # str.isspace() also takes four control characters for spaces that CLIP's pattern does not.
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
+
+
+def kinds(text):
+    r"""The text with every character replaced by one that stands for its kind.
+
+    Python's `re` knows no \p{L} and \p{N}, so letters become ASCII letters, numbers (also ² and Ⅳ)
+    "0", spaces " ", all else "!". What CLIP's pattern names literally stays as it is; "ſ" equals
+    "s" where case is ignored, as it is there. "z" occurs in none of its literals.
+    """
+    def kind(c):
+        if c.isascii() and (c.isalpha() or c in "'<|>"):
+            return c.lower()
+        if c == "ſ":
+            return "s"
+        category = unicodedata.category(c)[0]
+        return "z" if category == "L" else "0" if category == "N" else " " if is_space(c) else "!"
+    return "".join(map(kind, text))
+
+
+def byte_symbols():
+    """CLIP's printable character for each of the 256 bytes, in the order of its vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return dict(zip(printable + others,
+                    [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
+
+
+def merge_pair(word, pair):
+    """The symbols of `word` with every occurrence of `pair`, from the left, made one."""
+    merged, i = [], 0
+    while i < len(word):
+        if word[i:i + 2] == pair:
+            merged.append(word[i] + word[i + 1])
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return tuple(merged)
+
+
+class Tokenizer:
+    """CLIP's byte-level BPE, from `bpe_simple_vocab_16e6.txt.gz` or a `merges.txt` (or its bytes).
+
+    `tokenizer(texts, length)` gives token ids, int64 (B, length): start, pieces, end, then 0. A
+    text too long keeps its end token last. Raises DataError where the file is no vocabulary.
+    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py, of which only the
+    repair of garbled encodings (ftfy) is left out.
+    """
+
+    def __init__(self, path):
+        try:
+            raw = path if isinstance(path, bytes) else Path(path).read_bytes()
+            self.text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+            lines = self.text.split("\n")
+            pairs = [tuple(line.split()) for line in lines[1:MERGES + 1] if line.strip()]
+            if "#version" not in lines[0] or any(len(pair) != 2 for pair in pairs):
+                raise ValueError("expected a #version line, then two symbols a line")
+        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+            name = "the vocabulary" if isinstance(path, bytes) else path
+            raise DataError(f"{name}: not a BPE vocabulary ({error})") from None
+        symbols = list(byte_symbols().values())
+        vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs]
+        self.ids = {symbol: i for i, symbol in enumerate([*vocabulary, START, END])}
+        self.ranks = {pair: i for i, pair in enumerate(pairs)}
+        self.bytes = byte_symbols()
+        self.size = len(vocabulary) + 2
+        self.piece_ids = functools.lru_cache(maxsize=1 << 16)(self.piece_ids)
+
+    def piece_ids(self, piece):
+        """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
+        if piece in (START, END):
+            return [self.ids[piece]]
+        word = tuple(self.bytes[b] for b in piece.encode("utf-8", errors="replace"))
+        word = (*word[:-1], word[-1] + "</w>")
+        while len(word) > 1:
+            pair = min(zip(word, word[1:]), key=lambda p: self.ranks.get(p, math.inf))
+            if pair not in self.ranks:
+                break
+            word = merge_pair(word, pair)
+        return [self.ids[symbol] for symbol in word]
+
+    def encode(self, text):
+        """The ids of a text of any length, without start and end."""
+        text = clean(text)
+        return [i for match in PIECES.finditer(kinds(text))
+                for i in self.piece_ids(text[match.start():match.end()])]
+
+    def __call__(self, texts, length):
+        tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+        for row, text in zip(tokens, texts):
+            ids = [self.ids[START], *self.encode(text)[:length - 2], self.ids[END]]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# ---------------------------------------------------------------------------------------------
+# Photos and the letterbox
+# ---------------------------------------------------------------------------------------------
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)          # CLIP's, also for DINOv2, as the authors did
+STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
+MOST_PIXELS = 100_000_000
+
+
+def normalise(images):
+    """uint8 (B, 3, S, S) to what the towers read, float32."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def read_photo(path):
+    """An RGB image of the stored pixels. DataError for what is none, cut short or absurdly large.
+
+    EXIF rotation is not applied: COCO's polygons belong to the pixels as they are stored.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"{path}: {image.width}x{image.height} pixels; at most "
+                                f"{MOST_PIXELS:,} are read, make it smaller")
+            if image.mode.startswith("I;16"):       # 16-bit grey, which PIL would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: too large to be a photo ({error})") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not an image") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:         # what PIL's decoders raise
+        raise DataError(f"{path}: broken image ({error})") from None
+
+
+def letterbox_box(width, height, size):
+    """Where a photo lies in its letterbox: left, top, width, height."""
+    scale = size / max(width, height)
+    inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
+    return (size - inner_width) // 2, (size - inner_height) // 2, inner_width, inner_height
+
+
+def letterbox(image, size):
+    """A photo or mask, longer side resized to `size`, centred on a square.
+
+    The borders of a photo (mode RGB) are the mean colour, of a mask (mode L) zero.
+    """
+    left, top, width, height = letterbox_box(*image.size, size)
+    photo = image.mode == "RGB"
+    square = Image.new(image.mode, (size, size), MEAN_COLOUR if photo else 0)
+    resample = Image.Resampling.BICUBIC if photo else Image.Resampling.BILINEAR
+    square.paste(image.resize((width, height), resample), (left, top))
+    return square
+
+
+def unletterbox(maps, width, height):
+    """A square map (S, S) back at the photo's own size (height, width): borders off, bicubic."""
+    left, top, inner_width, inner_height = letterbox_box(width, height, maps.shape[-1])
+    inner = maps[top:top + inner_height, left:left + inner_width]
+    return F.interpolate(inner[None, None].float(), (height, width), mode="bicubic")[0, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# REFER data sets
+# ---------------------------------------------------------------------------------------------
+
+class Published(NamedTuple):
+    """How many refs and expressions the splits of a data set have."""
+    refs: dict
+    expressions: dict
+
+
+# Expressions of G-Ref as commonly reported; all else from the refer toolkit's files.
+PUBLISHED = {
+    "refcoco": Published(
+        {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
+        {"train": 120624, "val": 10834, "testA": 5657, "testB": 5095}),
+    "refcoco+": Published(
+        {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
+        {"train": 120191, "val": 10758, "testA": 5726, "testB": 4889}),
+    "refcocog-umd": Published(
+        {"train": 42226, "val": 2573, "test": 5023},
+        {"train": 80512, "val": 4896, "test": 9602}),
+    "refcocog-google": Published(
+        {"train": 44822, "val": 5000}, {"train": 85474, "val": 9536}),
+}
+SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc"}        # where a folder holds several
+MIXED = ("refcoco", "refcoco+", "refcocog-umd")
+# Tokens per expression, both ends included, as the authors cut them.
+LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog-umd": 22, "refcocog-google": 22, "mixed": 22}
+WHERE = ("the README says where RefCOCO, RefCOCO+, RefCOCOg and the COCO images are to be had, and "
+         "`python data.py shapes DIR` draws a data set")
+
+
+class Ref(NamedTuple):
+    """One thing meant: its photo, its outline, and the expressions that mean it."""
+    id: int
+    image_id: int
+    image: str                  # path
+    width: int
+    height: int
+    segmentation: object        # polygons or RLE, in COCO's form
+    sentences: tuple
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, strings, numbers, and nothing else: a pickle can name any program."""
+
+    def find_class(self, module, name):
+        raise DataError(f"it asks for {module}.{name}, which could run code; a refs file holds "
+                        f"only lists, dicts, strings and numbers. Refused")
+
+    def persistent_load(self, pid):
+        raise DataError(f"it refers to an object outside ({pid!r}). Refused")
+
+
+def locate(data, name):
+    """The folder and the refs file of a data set NAME or NAME-SPLITBY. Raises DataError."""
+    data = Path(data)
+    if not data.is_dir():
+        raise DataError(f"{data}: no such data folder; {WHERE}")
+    folder, split_by = data / name, SPLIT_BY.get(name)
+    if not folder.is_dir() and "-" in name:
+        folder, split_by = data / name.rsplit("-", 1)[0], name.rsplit("-", 1)[1]
+    if not (folder / "instances.json").is_file():
+        found = sorted(p.parent.name for p in data.glob("*/instances.json"))
+        raise DataError(f"{data}: no data set {name!r} (no {folder / 'instances.json'}); found: "
+                        f"{', '.join(found) or 'none'}; {WHERE}")
+    files = sorted(folder.glob("refs(*).p"))
+    chosen = [f for f in files if f.name == f"refs({split_by}).p"] if split_by else files
+    if len(chosen) != 1:
+        splits = [f.name[5:-3] for f in files]
+        raise DataError(
+            f"{folder}: no refs({split_by}).p; found: {', '.join(splits) or 'no refs(*).p'}"
+            if not chosen else
+            f"{folder}: several refs files; name one: "
+            f"{', '.join(f'{folder.name}-{s}' for s in splits)}")
+    return folder, chosen[0]
+
+
+def load_refs_file(path):
+    try:
+        with open(path, "rb") as file:
+            refs = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:          # a damaged pickle can raise nearly anything
+        raise DataError(f"{path}: not a readable pickle ({error})") from None
+    if not isinstance(refs, list):
+        raise DataError(f"{path}: holds a {type(refs).__name__} where a list of refs is expected")
+    return refs
+
+
+def load_instances(path):
+    """Images and annotations of instances.json, both by id."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            instances = json.load(file)
+        return ({image["id"]: image for image in instances["images"]},
+                {annotation["id"]: annotation for annotation in instances["annotations"]})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not COCO annotations ({type(error).__name__}: {error})") from None
+
+
+@functools.lru_cache(maxsize=len(MIXED))
+def read_refs(data, name, skip_broken=False):
+    """All splits of one data set: {split: [Ref]}, and how many broken entries were left out.
+
+    Raises DataError for the first broken entry (its file, place and field), unless `skip_broken`.
+    """
+    folder, path = locate(data, name)
+    refs = load_refs_file(path)
+    images, annotations = load_instances(folder / "instances.json")
+    photos = photo_folder([Path(data, "images", "train2014"),
+                           Path(data, "images", "mscoco", "images", "train2014"),
+                           Path(data, "images"), folder / "images"], images)
+    present = set(os.listdir(photos))
+    splits, skipped = {}, 0
+    for place, entry in enumerate(refs):
+        try:
+            ref = read_ref(entry, images, annotations, photos, present)
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            if not skip_broken:
+                what = (error if isinstance(error, DataError) else
+                        f"no {error}" if isinstance(error, KeyError) else f"not a ref ({error})")
+                raise DataError(f"{path}, entry {place}: {what}; --skip-broken leaves such "
+                                f"entries out") from None
+            skipped += 1
+        else:
+            splits.setdefault(entry["split"], []).append(ref)
+    return splits, skipped
+
+
+def photo_folder(folders, images):
+    """The first of these folders that holds a photo of the data set (the first few are tried)."""
+    names = [str(image.get("file_name")) for image in list(images.values())[:20]]
+    for folder in folders:
+        if any((folder / name).is_file() for name in names):
+            return folder
+    raise DataError(f"no images: none of {', '.join(names[:3])}, ... is in "
+                    f"{', '.join(map(str, folders))}; {WHERE}")
+
+
+def read_ref(entry, images, annotations, photos, present):
+    """The Ref of one entry of a refs file."""
+    # The ref's own file_name carries an annotation's suffix: the image goes by its id.
+    ref_id, image_id, ann_id = (entry[key] for key in ("ref_id", "image_id", "ann_id"))
+    if ann_id not in annotations:
+        raise DataError(f"ref {ref_id}: annotation {ann_id} is not in instances.json")
+    if image_id not in images:
+        raise DataError(f"ref {ref_id}: image {image_id} is not in instances.json")
+    image, segmentation = images[image_id], annotations[ann_id].get("segmentation")
+    if not segmentation:
+        raise DataError(f"ref {ref_id}: annotation {ann_id} has no mask")
+    name, width, height = image["file_name"], image["width"], image["height"]
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"image {image_id}: file_name {name!r} leads out of the image folder")
+    if not (isinstance(width, int) and isinstance(height, int)
+            and width > 0 and height > 0 and width * height <= MOST_PIXELS):
+        raise DataError(f"image {image_id}: a size of {width}x{height}")
+    if name not in present and not (photos / name).is_file():
+        raise DataError(f"image {image_id}: {photos / name} is missing")
+    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
+    if not sentences or not all(clean(sentence) for sentence in sentences):
+        raise DataError(f"ref {ref_id}: an expression is empty")
+    if not isinstance(entry["split"], str):
+        raise DataError(f"ref {ref_id}: the split is no name")
+    return Ref(ref_id, image_id, str(photos / name), width, height, segmentation, sentences)
+
+
+def read_split(data, name, split, skip_broken=False, keep_leaks=False):
+    """The refs of one split, and how many broken entries were left out. Raises DataError.
+
+    `mixed` joins refcoco, refcoco+ and refcocog-umd. Their splits overlap, so its train leaves out
+    every image that stands in a val or test split of any of the three; `keep_leaks` joins them as
+    they are, which is what the authors trained on.
+    """
+    parts = MIXED if name == "mixed" else (name,)
+    joined, held_out, skipped, found = [], set(), 0, set()
+    for part in parts:
+        splits, broken = read_refs(data, part, skip_broken)
+        joined += splits.get(split, [])
+        skipped += broken
+        found |= splits.keys()
+        held_out |= {ref.image_id for s, refs in splits.items() if s != "train" for ref in refs}
+    if name == "mixed" and split == "train" and not keep_leaks:
+        joined = [ref for ref in joined if ref.image_id not in held_out]
+    if not joined:
+        raise DataError(f"{name} in {data} has no split {split!r}; found: "
+                        f"{', '.join(sorted(found)) or 'none'}")
+    return joined, skipped
+
+
+def held_out_splits(data, name):
+    """The names of a data set's splits but for train, in the order of its refs file."""
+    names = {split: None for part in (MIXED if name == "mixed" else (name,))
+             for split in read_refs(data, part, skip_broken=True)[0]}
+    return [split for split in names if split != "train"]
+
+
+def decode_mask(ref):
+    """The mask of a ref, uint8 (height, width) of 0 and 1. DataError where there is none."""
+    try:
+        if isinstance(ref.segmentation, dict):
+            rle = ref.segmentation
+            if list(rle["size"]) != [ref.height, ref.width]:
+                raise DataError(f"RLE of size {rle['size']}")
+            if isinstance(rle["counts"], list):
+                if sum(rle["counts"]) != ref.height * ref.width or min(rle["counts"]) < 0:
+                    raise DataError("RLE counts that do not fill the image")
+                rle = pycocotools.mask.frPyObjects(rle, ref.height, ref.width)
+        else:
+            # Two points are no area (and pycocotools would take them for a box).
+            polygons = [polygon for polygon in ref.segmentation
+                        if len(polygon) >= 6 and len(polygon) % 2 == 0]
+            if not polygons or not np.isfinite(np.concatenate(polygons)).all():
+                raise DataError("no polygon of three points or more")
+            rle = pycocotools.mask.merge(
+                pycocotools.mask.frPyObjects(polygons, ref.height, ref.width))
+        mask = pycocotools.mask.decode(rle)
+        if not mask.any():
+            raise DataError("an empty mask")
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"ref {ref.id} of {ref.image}: unusable segmentation in instances.json "
+                        f"({error}), {ref.width}x{ref.height}") from None
+    return mask
+
+
+def read_pair(ref):
+    """The photo and the mask of a ref, PIL images of one size (modes RGB and L, 0 and 255)."""
+    photo = read_photo(ref.image)
+    if photo.size != (ref.width, ref.height):
+        raise DataError(f"{ref.image}: {photo.width}x{photo.height} pixels, but instances.json "
+                        f"says {ref.width}x{ref.height}")
+    return photo, Image.fromarray(decode_mask(ref) * 255)
+
+
+def to_tensor(image):
+    """uint8 tensor (C, H, W) of a PIL image."""
+    array = np.array(image)
+    return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
+
+
+class TrainSet(Dataset):
+    """One sample per ref, in one of its expressions.
+
+    `dataset[epoch, index]` depends on seed, epoch and index alone: a dictionary of image, uint8
+    (3, S, S); tokens, int64 (L,); mask, uint8 (1, S, S), 0 to 255. With `skip_broken` a ref whose
+    photo or mask is broken gives way to the next one, and `skipped` counts it.
+    """
+
+    def __init__(self, refs, tokenizer, image_size, length, seed=0, skip_broken=False):
+        self.refs, self.tokenizer, self.seed = refs, tokenizer, seed
+        self.image_size, self.length, self.skip_broken = image_size, length, skip_broken
+
+    def __len__(self):
+        return len(self.refs)
+
+    def __getitem__(self, place):
+        epoch, index = place
+        for skipped in range(len(self.refs)):
+            ref = self.refs[(index + skipped) % len(self.refs)]
+            try:
+                photo, mask = read_pair(ref)
+                break
+            except DataError:
+                if not self.skip_broken:
+                    raise
+        else:
+            raise DataError("every photo is broken")
+        sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
+        return {"image": to_tensor(letterbox(photo, self.image_size)),
+                "tokens": self.tokenizer([sentence], self.length)[0],
+                "mask": to_tensor(letterbox(mask, self.image_size)), "skipped": skipped}
+
+
+class ExpressionSet(Dataset):
+    """Every expression of every ref once, for evaluation.
+
+    A dictionary of image, uint8 (3, S, S); tokens, int64 (L,); mask at the photo's own size, bool
+    (H, W); index. With `skip_broken` None stands for an expression whose photo or mask is broken.
+    """
+
+    def __init__(self, refs, tokenizer, image_size, length, skip_broken=False):
+        self.pairs = [(ref, sentence) for ref in refs for sentence in ref.sentences]
+        self.tokenizer, self.image_size = tokenizer, image_size
+        self.length, self.skip_broken = length, skip_broken
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        ref, sentence = self.pairs[index]
+        try:
+            photo, mask = read_pair(ref)
+        except DataError:
+            if not self.skip_broken:
+                raise
+            return None
+        return {"image": to_tensor(letterbox(photo, self.image_size)),
+                "tokens": self.tokenizer([sentence], self.length)[0],
+                "mask": to_tensor(mask)[0] > 0, "index": index}
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawn data: scenes of figures, and expressions that single one out
+# ---------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
+           "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)}
+SIZES = {"small": (0.085, 0.115), "large": (0.165, 0.20)}       # radius by the canvas's longer side
+KINDS = ("circle", "square", "triangle", "star", "cross")
+SCENES = {"train": 5000, "val": 150, "test": 150}
+CANVASES = ((80, 80), (80, 64), (64, 80), (80, 72), (72, 80))
+
+
+class Figure(NamedTuple):
+    kind: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    points: list                # outline, pixels
+
+
+def outline(kind, x, y, radius, turn):
+    """The corners of a figure around (x, y), turned by so many radians."""
+    count, inner = {"circle": (32, 1.0), "square": (4, 1.0), "triangle": (3, 1.0),
+                    "star": (10, 0.45), "cross": (12, None)}[kind]
+    if kind == "cross":         # a plus: two corners per arm end, one in every nook
+        arm, nook = (0.33, 1.0), 0.33 * math.sqrt(2)
+        angle = math.atan2(*arm)
+        polar = [(a, r) for quarter in range(4) for a, r in (
+            (quarter * math.pi / 2 - angle, math.hypot(*arm)),
+            (quarter * math.pi / 2 + angle, math.hypot(*arm)),
+            (quarter * math.pi / 2 + math.pi / 4, nook))]
+    else:
+        polar = [(2 * math.pi * i / count, inner if i % 2 and kind == "star" else 1.0)
+                 for i in range(count)]
+    return [(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn))
+            for a, r in polar]
+
+
+def invent_figures(rng, width, height):
+    """Three to five figures that do not touch."""
+    figures, side = [], max(width, height)
+    for _ in range(rng.randint(3, 5)):
+        for _ in range(40):
+            size = rng.choice(list(SIZES))
+            radius = side * rng.uniform(*SIZES[size])
+            x, y = (rng.uniform(radius + 1, extent - radius - 1) for extent in (width, height))
+            if all(math.hypot(x - f.x, y - f.y) > radius + side * SIZES[f.size][1] + 1
+                   for f in figures):
+                kind, colour = rng.choice(KINDS), rng.choice(list(COLOURS))
+                turn = rng.uniform(-0.25, 0.25) + (math.pi / 4 if kind == "square" else 0)
+                points = outline(kind, x, y, radius, turn)
+                figures.append(Figure(kind, colour, size, x, y, points))
+                break
+    return figures
+
+
+def descriptions(figure):
+    """Phrases true of a figure, each with the test that it is true of another one."""
+    for size in ("", figure.size):
+        for colour in ("", figure.colour):
+            for kind in ("shape", figure.kind):
+                def fits(f, size=size, colour=colour, kind=kind):
+                    return ((not size or f.size == size) and (not colour or f.colour == colour)
+                            and (kind == "shape" or f.kind == kind))
+                yield " ".join(filter(None, (size, colour, kind))), fits
+
+
+EXTREMES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+def expressions(figure, figures, margin):
+    """All expressions that mean this figure and no other: by look, by place, by relation.
+
+    Places and relations count from centre to centre; whatever is closer than `margin` (pixels) is
+    neither left nor right, and an expression that would hang on it is not made.
+    """
+    looks, places, relations = [], [], []
+    others = [f for f in figures if f is not figure]
+    anchors = [(phrase, f) for f in others for phrase, fits in descriptions(f)
+               if sum(map(fits, figures)) == 1]
+    for phrase, fits in descriptions(figure):
+        rivals = [f for f in others if fits(f)]
+        if not rivals:
+            looks.append(f"the {phrase}")
+            continue
+        for word, (dx, dy) in EXTREMES.items():
+            if all((figure.x - f.x) * dx + (figure.y - f.y) * dy > margin for f in rivals):
+                places.append(f"the {word} {phrase}")
+        for word, (dx, dy) in RELATIONS.items():
+            for anchor, at in anchors:
+                def ahead(f, at=at, dx=dx, dy=dy):
+                    return (f.x - at.x) * dx + (f.y - at.y) * dy
+                if ahead(figure) > margin and at not in rivals and all(
+                        ahead(f) < -margin for f in rivals):
+                    relations.append(f"the {phrase} {word} the {anchor}")
+    return looks, places, relations
+
+
+def draw_scene(rng, figures, width, height):
+    """The picture of a scene: figures on a shaded, slightly noisy ground, antialiased."""
+    fine = 4
+    ground = tuple(rng.randint(200, 245) for _ in range(3))
+    image = Image.new("RGB", (width * fine, height * fine), ground)
+    pen = ImageDraw.Draw(image)
+    for figure in figures:
+        colour = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[figure.colour])
+        pen.polygon([(x * fine, y * fine) for x, y in figure.points], fill=colour)
+    image = image.resize((width, height), Image.Resampling.BOX)
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 5, (height, width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def run_lengths(mask):
+    """COCO's uncompressed RLE of a mask: lengths of runs, column by column, zeros first."""
+    flat = np.concatenate([[0], mask.flatten(order="F"), [0]])
+    ends = np.flatnonzero(np.diff(flat))
+    counts = np.diff(np.concatenate([[0], ends, [mask.size]])).tolist()
+    return {"size": list(mask.shape), "counts": counts if counts[-1] else counts[:-1]}
+
+
+def draw_shapes(data, scenes=SCENES, seed=0):
+    """Draws the `shapes` data set into DATA/shapes, in the REFER layout, and returns that folder.
+
+    {split: number of scenes}. Two figures of each scene are meant, in up to three expressions
+    each; one in four masks is stored as RLE. The vocabulary learned from the training expressions
+    is `merges.txt`. The folder appears only once it is whole.
+    """
+    folder, draft = Path(data) / "shapes", Path(data) / f"shapes.{os.getpid()}.tmp"
+    (draft / "images").mkdir(parents=True)
+    try:
+        images, annotations, refs = [], [], []
+        todo = [split for split, number in scenes.items() for _ in range(number)]
+        for image_id, split in enumerate(tqdm(todo, desc="drawing shapes", unit="scene"), 1):
+            rng = random.Random(f"{seed} {split} {image_id}")
+            draw_one(rng, image_id, split, draft, images, annotations, refs)
+        categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
+        with open(draft / "instances.json", "w", encoding="utf-8") as file:
+            json.dump({"images": images, "annotations": annotations, "categories": categories},
+                      file)
+        with open(draft / "refs(shapes).p", "wb") as file:
+            pickle.dump(refs, file, protocol=2)
+        captions = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
+        merges = "\n".join(" ".join(pair) for pair in learn_merges(captions))
+        (draft / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+        os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def draw_one(rng, image_id, split, folder, images, annotations, refs):
+    """Draws one scene and adds what belongs to it to the three lists."""
+    width, height = rng.choice(CANVASES)
+    figures = invent_figures(rng, width, height)
+    name = f"shapes_{split}_{image_id:06d}.jpg"
+    draw_scene(rng, figures, width, height).save(folder / "images" / name, quality=92)
+    images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+    meant = []
+    for figure in figures:
+        polygon = [round(v, 2) for point in figure.points for v in point]
+        mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([polygon], height, width))
+        annotations.append({
+            "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0,
+            "category_id": KINDS.index(figure.kind) + 1, "area": int(mask.sum()),
+            "segmentation": run_lengths(mask[..., 0]) if rng.random() < 0.25 else [polygon]})
+        ways = [way for way in expressions(figure, figures, 0.06 * max(width, height)) if way]
+        if ways:
+            meant.append((annotations[-1], sorted({rng.choice(rng.choice(ways))
+                                                   for _ in range(3)})))
+    for annotation, sentences in rng.sample(meant, min(2, len(meant))):
+        refs.append({
+            "ref_id": len(refs) + 1, "ann_id": annotation["id"], "image_id": image_id,
+            "category_id": annotation["category_id"], "split": split,
+            "file_name": f"{name[:-4]}_{annotation['id']}.jpg",
+            "sentences": [{"sent": s, "raw": s, "tokens": s.split(), "sent_id": 10 * len(refs) + i}
+                          for i, s in enumerate(sentences)]})
+
+
+def learn_merges(texts, most=510):
+    """Byte-pair merges learned from texts: the most frequent pair again and again."""
+    symbols = byte_symbols()
+    words = Counter()
+    for piece, times in Counter(p for text in texts for p in clean(text).split()).items():
+        word = [symbols[b] for b in piece.encode()]
+        words[(*word[:-1], word[-1] + "</w>")] += times
+    merges = []
+    while len(merges) < most:
+        pairs = Counter()
+        for word, times in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += times
+        if not pairs:
+            break
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = Counter({merge_pair(word, merges[-1]): times for word, times in words.items()})
+    return merges
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+def check(data):
+    """Prints a Markdown table: what is in DATA beside the published sizes."""
+    folders = sorted(p.parent for p in Path(data).glob("*/instances.json"))
+    if not folders:
+        raise DataError(f"{data}: no folder with an instances.json in it; {WHERE}")
+    print("| data set | split | refs | published | expressions | published | |")
+    print("|---|---|---:|---:|---:|---:|---|")
+    for folder in folders:
+        files = sorted(folder.glob("refs(*).p"))
+        for split_by in (file.name[5:-3] for file in files):
+            plain = len(files) == 1 or SPLIT_BY.get(folder.name) == split_by
+            name = folder.name if plain else f"{folder.name}-{split_by}"
+            splits, skipped = read_refs(data, name, skip_broken=True)
+            published = PUBLISHED.get(name, Published({}, {}))
+            for split, refs in splits.items():
+                counts = len(refs), sum(len(ref.sentences) for ref in refs)
+                expected = published.refs.get(split), published.expressions.get(split)
+                verdict = "" if None in expected else "ok" if counts == expected else "differs"
+                print(f"| {name} | {split} | {counts[0]:,} | {thousands(expected[0])} | "
+                      f"{counts[1]:,} | {thousands(expected[1])} | {verdict} |")
+            if skipped:
+                print(f"| {name} | broken entries | {skipped:,} | | | | "
+                      f"training without --skip-broken names the first |")
+
+
+def thousands(number):
+    return "" if number is None else f"{number:,}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the shapes data set, or check a data folder")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in (("shapes", "draw the shapes data set into DIR/shapes"),
+                          ("check", "compare the data sets in DIR with their published sizes")):
+        commands.add_parser(name, help=purpose).add_argument("dir", metavar="DIR")
+    args = parser.parse_args()
+    if args.command == "check":
+        check(args.dir)
+    elif (Path(args.dir) / "shapes").exists():
+        raise DataError(f"{Path(args.dir) / 'shapes'} exists already; remove it to draw again")
+    else:
+        print(draw_shapes(args.dir))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

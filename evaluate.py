@@ -1,0 +1,372 @@
+"""Metrics, pictures, and the mask of one thing in one photo.
+
+    python evaluate.py --ckpt runs/shapes/best.pt
+    python evaluate.py --ckpt best.pt --data DATA --dataset refcoco --split val testA testB
+    python evaluate.py --ckpt best.pt --image photo.jpg --text "the left cat" --output cat.png
+    torchrun --nproc_per_node=2 evaluate.py --ckpt best.pt ...
+
+All figures are percentages. IoU is taken per expression, at the photo's own size. mIoU is the mean
+over expressions, which CRIS, ETRIS, BarLeRIa and DCRIS print as "IoU"; oIoU is the sum of all
+intersections over the sum of all unions, which LAVT and later papers print. P@0.5 is the share of
+expressions whose IoU is above 0.5. They differ by several points: compare like with like.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import backbones
+import data
+import model
+
+THRESHOLD = 0.35                    # of the probability, as in the authors' programs
+PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes, devices, errors: shared with train.py
+# ---------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def processes():
+    """Joins torchrun's processes, if it started us; yields rank, world size and device.
+
+    The device comes from the local rank, so several machines work; NCCL on GPUs, gloo on CPUs.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank, world, device
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def precision_type(precision, device):
+    """The type of mixed precision: None (single), bfloat16 or float16.
+
+    `auto` is bfloat16 where a GPU has it, float16 on older ones, single precision on CPUs.
+    """
+    if precision == "auto":
+        if device.type == "cpu":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def run(main):
+    """Runs a program; bad input becomes one line and exit status 2."""
+    try:
+        main()
+    except (backbones.WeightsError, model.ConfigError, data.DataError, OSError) as error:
+        # An error from a loader's worker brings the worker's traceback: its last line is the error.
+        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------
+
+def masks_at(net, images, tokens, device, dtype):
+    """Probability maps at the letterbox's size: uint8 (B, 3, S, S), ids (B, L) to (B, S, S)."""
+    with torch.inference_mode(), autocast(device, dtype):
+        logits = net(data.normalise(images.to(device)), tokens.to(device))
+    return torch.nn.functional.interpolate(
+        logits.float().sigmoid(), images.shape[-2:], mode="bicubic")[:, 0]
+
+
+def collate(samples):
+    """Photos have sizes of their own, so their masks stay a list."""
+    samples = [sample for sample in samples if sample is not None]
+    return {key: [s[key] for s in samples] if key in ("mask", "index") else
+            torch.stack([s[key] for s in samples])
+            for key in samples[0]} if samples else None
+
+
+def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0, world=1,
+             name="evaluating"):
+    """Intersection and union of every expression: int64 (expressions, 3) with its index first.
+
+    Whole batches are dealt to the processes in turn. So every expression counts exactly once, and
+    in the same batch, however many share the work. All processes get the full table.
+    """
+    net.eval()
+    batches = [range(i, min(i + batch_size, len(dataset)))
+               for i in range(0, len(dataset), batch_size)]
+    loader = DataLoader(dataset, batch_sampler=batches[rank::world], num_workers=workers,
+                        collate_fn=collate)
+    rows = []
+    for batch in tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0):
+        if batch is None:
+            continue
+        maps = masks_at(net, batch["image"], batch["tokens"], device, dtype)
+        for index, square, truth in zip(batch["index"], maps, batch["mask"]):
+            truth = truth.to(device)
+            predicted = data.unletterbox(square, *truth.shape[::-1]) > THRESHOLD
+            rows.append((index, int((predicted & truth).sum()), int((predicted | truth).sum())))
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, rows)
+        rows = [row for part in gathered for row in part]
+    return np.array(sorted(rows), dtype=np.int64).reshape(-1, 3)
+
+
+def metrics(table):
+    """mIoU, oIoU and P@0.5 to P@0.9, percent, and the number of expressions, of `overlaps`."""
+    _, intersections, unions = table.T
+    if not len(table):
+        raise data.DataError("no expression could be evaluated: every photo is broken")
+    ious = intersections / unions
+    return {"miou": 100 * float(ious.mean()),
+            "oiou": 100 * float(intersections.sum() / unions.sum()),
+            **{f"p{round(100 * p)}": 100 * float((ious > p).mean()) for p in PRECISIONS},
+            "expressions": len(table)}
+
+
+def table_row(*cells):
+    return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+TINT = np.array([230, 40, 60])
+
+
+def tinted(photo, mask):
+    """The photo with its mask (bool, same size) coloured, everything else a little paler."""
+    pixels = np.asarray(photo).astype(np.float32)
+    shown = np.where(mask[..., None], 0.45 * pixels + 0.55 * TINT, 0.75 * pixels + 0.25 * 255)
+    return Image.fromarray(shown.astype(np.uint8))
+
+
+def predict(net, tokenizer, photo, text, device, dtype=None):
+    """The mask (bool, numpy) of what `text` means in an RGB photo, at the photo's own size."""
+    if not data.clean(text):
+        raise data.DataError("the expression is empty; say which thing is meant")
+    net.eval()
+    image = data.to_tensor(data.letterbox(photo, net.config.image_size))
+    square = masks_at(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
+    return (data.unletterbox(square, *photo.size) > THRESHOLD).cpu().numpy()
+
+
+def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
+    """A picture of examples, evenly spaced over the data set: photo, truth, prediction."""
+    places = sorted({round(i * (len(dataset) - 1) / max(1, examples - 1)) for i in range(examples)})
+    cells = []
+    for place in places:
+        ref, sentence = dataset.pairs[place]
+        try:
+            photo, mask = data.read_pair(ref)
+        except data.DataError:
+            if not dataset.skip_broken:
+                raise
+            continue
+        truth = np.asarray(mask) > 0
+        predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
+        iou = (predicted & truth).sum() / (predicted | truth).sum()
+        cells.append(example(photo, truth, predicted, f"{sentence}", f"IoU {100 * iou:.1f}", tile))
+    rows = -(-len(cells) // columns)
+    width, height = 3 * tile + 40, tile + 44
+    sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (i % columns * width + 10, i // columns * height + 6))
+    return sheet
+
+
+def example(photo, truth, predicted, sentence, score, tile):
+    """Photo, truth and prediction side by side under the expression."""
+    font = ImageFont.load_default(15)
+    cell = Image.new("RGB", (3 * tile + 20, tile + 38), "white")
+    pen = ImageDraw.Draw(cell)
+    room = 3 * tile - 80
+    sentence = "".join(c if c.isprintable() else " " for c in sentence)
+    while pen.textlength(sentence, font) > room:
+        sentence = sentence[:-2].rstrip("…") + "…"
+    pen.text((4, 2), sentence, "black", font)
+    pen.text((3 * tile + 16, 2), score, "black", font, anchor="ra")
+    for i, picture in enumerate((photo, tinted(photo, truth), tinted(photo, predicted))):
+        scale = tile / max(picture.size)
+        picture = picture.resize([max(1, round(side * scale)) for side in picture.size],
+                                 Image.Resampling.BICUBIC)
+        left = i * (tile + 10) + (tile - picture.width) // 2
+        cell.paste(picture, (left, 26 + (tile - picture.height) // 2))
+    return cell
+
+
+def curves(log, width=420, height=260):
+    """A picture of a run: training loss, and mIoU and oIoU on val, by epoch."""
+    font = ImageFont.load_default(13)
+    sheet = Image.new("RGB", (2 * width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for left, series in ((0, [("loss", "#2962d6")]),
+                         (width, [("miou", "#d63031"), ("oiou", "#279a4a")])):
+        box = (left + 50, 30, left + width - 20, height - 40)
+        values = [row[key] for row in log for key, _ in series]
+        low, high = min(0.0, *values), max([*values, 1e-9]) * 1.05
+        pen.rectangle(box, outline="#bbbbbb")
+        for share in (0, 0.5, 1):
+            y = box[3] - share * (box[3] - box[1])
+            pen.text((box[0] - 6, y), f"{low + share * (high - low):.3g}", "#555555", font, "rm")
+        pen.text((box[0], box[3] + 8), "epoch 1", "#555555", font)
+        pen.text((box[2], box[3] + 8), str(log[-1]["epoch"]), "#555555", font, "ra")
+        for i, (key, colour) in enumerate(series):
+            points = [(box[0] + (box[2] - box[0]) * k / max(1, len(log) - 1),
+                       box[3] - (row[key] - low) / (high - low) * (box[3] - box[1]))
+                      for k, row in enumerate(log)]
+            pen.line(points, colour, 2)
+            for x, y in points:
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+            name = {"loss": "training loss", "miou": "mIoU on val", "oiou": "oIoU on val"}[key]
+            pen.text((box[0] + 110 * i, 8), name, colour, font)
+    return sheet
+
+
+def save_picture(picture, path):
+    """Writes a PIL image; the kind of file goes by the name's ending."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
+        raise data.DataError(f"{path}: pictures are written as .png, .jpg, .webp, .bmp or .tiff")
+    with model.replacing(path) as file:
+        picture.save(file, kind)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+def load_checkpoint(path, args, device):
+    """The model of a checkpoint, its tokenizer, and the name of the data it was trained on."""
+    checkpoint = model.read_checkpoint(path)
+    net = model.restore(path, checkpoint, args.vision_weights, args.text_weights).to(device)
+    vocabulary = checkpoint.get("vocabulary") or {}
+    if args.vocabulary is None and "text" in vocabulary:
+        tokenizer = data.Tokenizer(vocabulary["text"].encode())
+    else:
+        tokenizer = data.Tokenizer(model.find_published("vocabulary", args.vocabulary))
+    return net, tokenizer, checkpoint.get("dataset")
+
+
+def predict_one(args, device, dtype):
+    """--image and --text: one photo, one sentence, one mask."""
+    photo = data.read_photo(args.image)
+    net, tokenizer, _ = load_checkpoint(args.ckpt[0], args, device)
+    mask = predict(net, tokenizer, photo, args.text, device, dtype)
+    output = Path(args.output)
+    plain = output.with_name(f"{output.stem}-mask.png")
+    save_picture(tinted(photo, mask), output)
+    save_picture(Image.fromarray(mask.astype(np.uint8) * 255), plain)
+    print(f"{output}: the photo with its mask; {plain}: the mask alone, {photo.width}x"
+          f"{photo.height}, {100 * mask.mean():.1f}% of the pixels")
+
+
+def evaluate_all(args, rank, world, device, dtype):
+    results = {}
+    for path in args.ckpt:
+        net, tokenizer, trained_on = load_checkpoint(path, args, device)
+        name = args.dataset or trained_on
+        if name is None:
+            raise data.DataError(f"{path} does not say what it was trained on; add --dataset NAME")
+        splits = args.split or data.held_out_splits(args.data, name)
+        for place, split in enumerate(splits):
+            refs, _ = data.read_split(args.data, name, split, args.skip_broken)
+            dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
+                                         net.config.length, args.skip_broken)
+            table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
+                             world, f"{name} {split}")
+            results.setdefault(str(path), {})[split] = metrics(table)
+            if len(table) < len(dataset) and rank == 0:
+                print(f"{name} {split}: {len(dataset) - len(table)} expressions left out, their "
+                      f"photo or mask is broken", file=sys.stderr)
+            if args.panel and place == 0 and rank == 0:
+                save_picture(panel(net, dataset, device, dtype), args.panel)
+    if rank == 0:
+        report(results, args.json)
+
+
+def report(results, json_path):
+    """Prints the Markdown table, and writes {checkpoint: {split: metrics}}."""
+    print(table_row("checkpoint", "split", "expressions", "mIoU", "oIoU",
+                    *(f"P@{p}" for p in PRECISIONS)))
+    print("|---|---|" + "---:|" * (3 + len(PRECISIONS)))
+    for path, splits in results.items():
+        for split, found in splits.items():
+            print(table_row(path, split, found["expressions"], found["miou"], found["oiou"],
+                            *(found[f"p{round(100 * p)}"] for p in PRECISIONS)))
+    if json_path:
+        with model.replacing(json_path) as file:
+            file.write(json.dumps(results, indent=1).encode())
+
+
+def add_shared_arguments(parser):
+    """The arguments that train.py takes as well."""
+    parser.add_argument("--data", default="data", metavar="DIR", help="the data folder")
+    parser.add_argument("--vision-weights", metavar="FILE",
+                        help="the vision tower's file (default: its published name in pretrained/)")
+    parser.add_argument("--text-weights", metavar="FILE", help="the text tower's file, likewise")
+    parser.add_argument("--vocabulary", metavar="FILE", help="the tokenizer's file, likewise")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        default=4 if torch.cuda.is_available() else 0,
+                        help="loader processes beside every training or evaluating one")
+    parser.add_argument("--skip-broken", action="store_true",
+                        help="leave out broken photos and entries, and count them")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--dataset", metavar="NAME",
+                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes or a "
+                             "folder of DATA (default: what the checkpoint was trained on)")
+    parser.add_argument("--split", nargs="+", metavar="SPLIT", help="default: all but train")
+    parser.add_argument("--json", metavar="OUT.json", help="also write the figures here")
+    parser.add_argument("--panel", metavar="OUT.png", help="also draw examples of the first split")
+    parser.add_argument("--image", metavar="PHOTO", help="one photo instead of a data set")
+    parser.add_argument("--text", metavar="WORDS", help="what is meant in the photo")
+    parser.add_argument("--output", metavar="OUT.png", help="the picture to make of it")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    add_shared_arguments(parser)
+    args = parser.parse_args()
+    one_photo = [args.image, args.text, args.output]
+    if any(a is not None for a in one_photo) and (None in one_photo or len(args.ckpt) > 1):
+        parser.error("one photo takes --image, --text, --output and a single --ckpt")
+    if args.panel and len(args.ckpt) > 1:
+        parser.error("--panel shows a single --ckpt")
+    if args.batch_size < 1 or args.workers < 0:
+        parser.error("--batch-size is at least 1, --workers at least 0")
+    with processes() as (rank, world, device):
+        dtype = precision_type(args.precision, device)
+        if args.image is not None:
+            predict_one(args, device, dtype)
+        else:
+            evaluate_all(args, rank, world, device, dtype)
+
+
+if __name__ == "__main__":
+    run(main)

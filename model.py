@@ -1,0 +1,384 @@
+"""How a method wires two towers, its adapters and the head; the presets; saving and loading.
+
+    python model.py             the table of presets and their parameters, beside the papers' figures
+    python model.py --json      the same for programs
+
+`build(name)` makes a model, `load(path)` reads a checkpoint. A model maps images (B, 3, S, S),
+normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P) for patches of P pixels.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import backbones
+from adapters import DenseCrossAdapter, TextAdapter
+from backbones import Attached, WeightsError, after_end, freeze
+from head import Head
+from loss import text_to_pixel_loss     # noqa: F401, the loss that every model here is trained with
+
+PRETRAINED = Path("pretrained")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message says which field, and why."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that distinguishes one training run of a model from another."""
+    # what is built
+    method: str = "dcris"
+    vision: str = "dinov2-b"            # a name in backbones.VISION
+    text: str = "clip-b"                # a name in backbones.TEXT
+    train_towers: bool = False          # the towers learn, too, instead of staying frozen
+    image_size: int = 448               # side of the letterboxed photo, pixels
+    length: int = 17                    # tokens per expression, both ends included
+    visual_adapter_layers: tuple[int, ...] = (1, 3, 5, 7, 9, 11)    # blocks count from 0
+    visual_adapter_rank: int = 128
+    text_adapter_layers: tuple[int, ...] = (1, 3, 5, 7, 9, 11)
+    text_adapter_rank: int = 64
+    features: tuple[int, ...] = (4, 8)  # blocks whose output the head sees, beside the last one's
+    head_width: int = 512
+    head_heads: int = 8
+    head_layers: int = 3                # of the decoder
+    dropout: float = 0.1                # of decoder and adapters
+    # how it is trained
+    batch_size: int = 32                # over all processes together
+    lr: float = 1e-4
+    epochs: int = 50
+    decay_epoch: int = 35               # from the end of this epoch on, the rate is a tenth
+
+
+PRESETS = {
+    "shapes": Config(
+        vision="small", text="small", train_towers=True, image_size=80, length=17,
+        visual_adapter_layers=(1, 3), visual_adapter_rank=32, text_adapter_layers=(0, 1),
+        text_adapter_rank=16, features=(1, 3), head_width=96, head_heads=4, head_layers=2,
+        dropout=0.0, batch_size=32, lr=5e-4, epochs=8, decay_epoch=6),
+    "dcris-b": Config(),
+    "dcris-l": Config(
+        vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
+        batch_size=64, lr=2e-4),
+}
+
+# Rows of the table: preset, overrides, millions of tuned parameters as the paper prints them.
+TABLE = [("shapes", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None)] + [
+    ("dcris-b", {"visual_adapter_layers": layers, "text_adapter_layers": layers}, millions)
+    for layers, millions in [       # DCRIS Table 5
+        ((8,), 0.45), ((6, 11), 0.90), ((4, 8, 11), 1.35), ((3, 6, 9, 11), 1.80),
+        ((3, 5, 7, 9, 11), 2.25), ((1, 3, 5, 7, 9, 11), 2.69), ((1, 3, 5, 7, 9, 10, 11), 3.14),
+        ((1, 3, 4, 5, 7, 9, 10, 11), 3.59), (tuple(range(12)), 5.39)]]
+
+
+class DCRIS(nn.Module):
+    """DCRIS (Xu et al., 2024, Figure 1): all of the text first, then the image reading its words.
+
+    Frozen DINOv2 with DenseCross adapters, frozen CLIP text tower with text adapters, and the head.
+    """
+
+    def __init__(self, config, vision, text):
+        super().__init__()
+        self.config, self.vision, self.text = config, vision, text
+        self.text_adapters = nn.ModuleDict({
+            str(i): TextAdapter(text.shape.width, config.text_adapter_rank)
+            for i in config.text_adapter_layers})
+        self.dense_cross_adapters = nn.ModuleDict({
+            str(i): DenseCrossAdapter(vision.shape.width, config.visual_adapter_rank,
+                                      text.shape.width, config.dropout)
+            for i in config.visual_adapter_layers})
+        self.head = Head(3 * [vision.shape.width], text.shape.width, text.shape.embed,
+                         config.head_width, config.head_heads, config.head_layers, config.dropout,
+                         residual=True)
+
+    def forward(self, images, tokens):
+        """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
+        words, sentence = self.read(tokens)
+        features = self.see(images, words)
+        return self.head(features, words, sentence, after_end(tokens))
+
+    def read(self, tokens):
+        """The text branch: token ids (B, L) to words f_t (B, L, D) and sentence f_s (B, E)."""
+        x = self.text.embed(tokens)
+        for i, block in enumerate(self.text.blocks):
+            attached = backbones.NOTHING
+            if str(i) in self.text_adapters:
+                attached = Attached(mlp_shortcut=self.text_adapters[str(i)])
+            x = block(x, attached)
+        return self.text.final(x, tokens)
+
+    def see(self, images, words):
+        """The image branch: images and words to the three maps f_v (B, D, S/P, S/P)."""
+        grid = self.vision.grid(images)
+        x = self.vision.embed(images)
+        features = []
+        for i, block in enumerate(self.vision.blocks):
+            attached = backbones.NOTHING
+            if str(i) in self.dense_cross_adapters:
+                attached = Attached(beside_mlp=partial(self.dense_cross_adapters[str(i)],
+                                                       words=words, grid=grid))
+            x = block(x, attached)
+            if i in self.config.features:
+                features.append(self.vision.as_map(x, grid))
+        features.append(self.vision.as_map(self.vision.final(x), grid))
+        return features
+
+
+METHODS = {"dcris": DCRIS}
+
+
+# ---------------------------------------------------------------------------------------------
+# Building
+# ---------------------------------------------------------------------------------------------
+
+def configure(name, **overrides):
+    """The configuration of a preset with some fields changed. Raises ConfigError."""
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    unknown = overrides.keys() - {field.name for field in fields(Config)}
+    if unknown:
+        raise ConfigError(f"a configuration has no field {sorted(unknown)[0]!r}")
+    config = replace(PRESETS[name], **overrides)
+    check(config)
+    return config
+
+
+def check(config):
+    """ConfigError where a model cannot be built so."""
+    for field, table in (("method", METHODS), ("vision", backbones.VISION),
+                         ("text", backbones.TEXT)):
+        if getattr(config, field) not in table:
+            raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
+                              f"there are {', '.join(table)}")
+    vision, text = backbones.VISION[config.vision], backbones.TEXT[config.text]
+    for field in ("image_size", "length", "visual_adapter_rank", "text_adapter_rank", "head_width",
+                  "head_heads", "head_layers", "batch_size", "lr", "epochs", "decay_epoch"):
+        if not getattr(config, field) > 0:
+            raise ConfigError(f"{field} is {getattr(config, field)}; it must be above 0")
+    if config.image_size % vision.patch:
+        near = max(1, round(config.image_size / vision.patch)) * vision.patch
+        raise ConfigError(f"image_size {config.image_size} is no multiple of the patch size "
+                          f"{vision.patch} of {config.vision}; {near} is")
+    if not 3 <= config.length <= text.positions:
+        raise ConfigError(f"length {config.length}: {config.text} reads 3 to {text.positions} "
+                          f"tokens, both ends included")
+    for field, depth in (("visual_adapter_layers", vision.depth),
+                         ("text_adapter_layers", text.depth), ("features", vision.depth)):
+        layers = getattr(config, field)
+        if any(not 0 <= i < depth for i in layers):
+            raise ConfigError(f"{field} {layers}: the tower has {depth} blocks, 0 to {depth - 1}")
+        if list(layers) != sorted(set(layers)):
+            raise ConfigError(f"{field} {layers}: each block once, in order")
+    if len(config.features) != 2:
+        raise ConfigError(f"features {config.features}: the head takes two blocks and the last")
+    if config.visual_adapter_rank % 16:
+        raise ConfigError(f"visual_adapter_rank {config.visual_adapter_rank}: the branches need "
+                          f"a multiple of 16")
+    if config.head_width % 4 or config.head_width % config.head_heads:
+        raise ConfigError(f"head_width {config.head_width}: it must be a multiple of 4 and of "
+                          f"head_heads, {config.head_heads}")
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"dropout {config.dropout} is not in [0, 1)")
+
+
+def build(name, vision_weights=None, text_weights=None, **overrides):
+    """A model from a preset's name and changed fields of its configuration.
+
+    Towers come from the files given and are random without them; they are frozen unless
+    `train_towers`. `model.sources` says where they came from. Raises ConfigError, WeightsError,
+    OSError.
+    """
+    return assemble(configure(name, **overrides), vision_weights, text_weights)
+
+
+def assemble(config, vision_weights=None, text_weights=None):
+    towers, sources = {}, {}
+    for kind, path, tower_class, shapes, read in (
+            ("vision", vision_weights, backbones.ViT, backbones.VISION, backbones.load_vision),
+            ("text", text_weights, backbones.TextTransformer, backbones.TEXT,
+             backbones.load_text)):
+        expected = shapes[getattr(config, kind)]
+        if path is None:
+            tower, sources[kind] = tower_class(expected), None
+        else:
+            tower = read(path)
+            sources[kind] = {"file": Path(path).name, "sha256": backbones.sha256(path)}
+            if tower.shape != expected:
+                raise WeightsError(f"{path} holds {tower.shape}, but {kind} = "
+                                   f"{getattr(config, kind)} means {expected}")
+        towers[kind] = freeze(tower)
+    model = METHODS[config.method](config, **towers)
+    if config.train_towers:
+        for tower in towers.values():
+            backbones.unfreeze(tower)
+    model.sources = sources
+    return model
+
+
+def find_weights(config, vision_weights=None, text_weights=None):
+    """The paths of both towers' files: those given, else the published names in `pretrained/`.
+
+    Towers without published weights (the drawn data's) have None. Raises FileNotFoundError that
+    says where a missing file is to be had.
+    """
+    found = []
+    for name, path in ((config.vision, vision_weights), (config.text, text_weights)):
+        found.append(find_published(name, path) if name in backbones.PUBLISHED else path)
+    return found
+
+
+def find_published(name, path=None):
+    """`path`, or the file published under this name in `pretrained/`. FileNotFoundError."""
+    published = backbones.PUBLISHED[name]
+    path = Path(path) if path is not None else PRETRAINED / published.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {name} is published as {published.file} "
+                                f"at {published.address}; put it into {PRETRAINED}/")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+def tuned_tensors(model):
+    """Name -> tensor of all that a checkpoint must hold: what was tuned, and the head.
+
+    Left out are the tensors of towers that are frozen and came from a file.
+    """
+    parameters = dict(model.named_parameters())
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if model.sources.get(name.split(".")[0]) is None
+            or name in parameters and parameters[name].requires_grad}
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write that becomes `path` only once it is whole and on the disk."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def save(path, model, **more):
+    """Writes a checkpoint: configuration, the towers' file names and SHA-256, tuned tensors.
+
+    `more` is kept beside them (plain values and tensors). Raises OSError, e.g. for a full disk;
+    the file that stood there before is then untouched.
+    """
+    checkpoint = {"config": asdict(model.config), "towers": model.sources,
+                  "tensors": tuned_tensors(model), **more}
+    with replacing(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:       # what PyTorch's writer makes of an OSError
+            raise OSError(f"{path}: could not be written, is the disk full? ({error})") from error
+
+
+def read_checkpoint(path):
+    """The dictionary that `save` wrote. Raises WeightsError for anything else, OSError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:              # a file cut short, or no checkpoint at all
+        raise backbones.unreadable(path, error) from None
+    if not isinstance(checkpoint, dict) or not {"config", "towers", "tensors"} <= checkpoint.keys():
+        raise WeightsError(f"{path}: not a checkpoint of this project (config, towers, tensors)")
+    return checkpoint
+
+
+def restore_config(path, values):
+    """The Config that a checkpoint holds."""
+    try:
+        config = Config(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in values.items()})
+        check(config)
+    except (TypeError, AttributeError, ConfigError) as error:
+        raise WeightsError(f"{path}: its configuration cannot be built: {error}") from None
+    return config
+
+
+def load(path, vision_weights=None, text_weights=None):
+    """A model in eval mode from a checkpoint.
+
+    Tower files are those given, or looked for in `pretrained/`, and must be the ones it was trained
+    with (SHA-256). Raises WeightsError or OSError.
+    """
+    return restore(path, read_checkpoint(path), vision_weights, text_weights)
+
+
+def restore(path, checkpoint, vision_weights=None, text_weights=None):
+    """`load`, of a checkpoint that `read_checkpoint` has read from `path`."""
+    config = restore_config(path, checkpoint["config"])
+    weights = []
+    for kind, given in (("vision", vision_weights), ("text", text_weights)):
+        source = checkpoint["towers"].get(kind)
+        weights.append(find_published(getattr(config, kind), given) if source else None)
+    model = assemble(config, *weights)
+    for kind, source in checkpoint["towers"].items():
+        if source and source["sha256"] != model.sources[kind]["sha256"]:
+            raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
+                               f"{source['sha256'][:16]}..., but the file at hand has "
+                               f"{model.sources[kind]['sha256'][:16]}...")
+    tuned = tuned_tensors(model).keys()
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in tuned}
+    backbones.fill(model, {**frozen, **checkpoint["tensors"]}, path)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# The table of parameters
+# ---------------------------------------------------------------------------------------------
+
+def count(model):
+    """Parameters: frozen, tuned (all that learns outside the head), head."""
+    sizes = {"frozen": 0, "tuned": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        kind = ("head" if name.startswith("head.") else
+                "tuned" if parameter.requires_grad else "frozen")
+        sizes[kind] += parameter.numel()
+    return sizes
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The presets and their parameters.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    args = parser.parse_args()
+    rows = []
+    for preset, overrides, paper in TABLE:
+        with torch.device("meta"):          # shapes only, no memory
+            sizes = count(build(preset, **overrides))
+        label = preset + "".join(f", layers {list(layers)}" for name, layers in overrides.items()
+                                 if name == "visual_adapter_layers")
+        rows.append({"preset": label, **sizes, "paper_millions": paper})
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print("Parameters in millions. Tuned: all that learns outside the head; beside it the paper's "
+          "figure.\n")
+    print("| preset | frozen | tuned | paper | head |\n|---|---:|---:|---:|---:|")
+    for row in rows:
+        paper = "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}"
+        print(f"| {row['preset']} | {row['frozen'] / 1e6:.2f} | {row['tuned'] / 1e6:.2f} | "
+              f"{paper} | {row['head'] / 1e6:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
