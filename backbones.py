@@ -401,19 +401,7 @@ def load_text(path):
 
 def read_tensors(path):
     """Name -> tensor of a PyTorch file or TorchScript archive, on the CPU."""
-    try:
-        # A TorchScript archive is a zip file that holds its program under code/.
-        if zipfile.is_zipfile(path) and any(
-                "/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # that TorchScript is old; so are the files
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:                      # each reader has exceptions of its own
-        raise unreadable(path, error) from None
+    state = read_file(path)
     if not isinstance(state, dict) or not state or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor)
             for name, tensor in state.items()):
@@ -421,12 +409,26 @@ def read_tensors(path):
     return dict(state)
 
 
-def unreadable(path, error):
-    """The WeightsError for a file that PyTorch refused with `error`."""
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-        reason = "it holds more than tensors and plain values, which could run code"
-    return WeightsError(f"{path}: not a readable weight file: {reason}; fetch it again")
+def read_file(path):
+    """What torch.save wrote, without running any code, or the tensors of a TorchScript archive.
+
+    Raises WeightsError for all that is neither, OSError where the file cannot be opened.
+    """
+    with open(path, "rb"):
+        pass                                        # an OSError from here on is about the content
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # about TorchScript's age, or a foreign pickle
+            # A TorchScript archive is a zip file that holds its program under code/.
+            if zipfile.is_zipfile(path) and any(
+                    "/code/" in name for name in zipfile.ZipFile(path).namelist()):
+                return torch.jit.load(path, map_location="cpu").state_dict()
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                      # each reader has exceptions of its own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            reason = "it holds more than tensors and plain values, which could run code"
+        raise WeightsError(f"{path}: not a readable weight file: {reason}; fetch it again") from None
 
 
 def count_blocks(path, state, prefix):

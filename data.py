@@ -530,10 +530,11 @@ class ExpressionSet(Dataset):
 
 COLOURS = {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
            "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)}
-SIZES = {"small": (0.085, 0.115), "large": (0.165, 0.20)}       # radius by the canvas's longer side
-KINDS = ("circle", "square", "triangle", "star", "cross")
+SIZES = {"small": (0.11, 0.14), "large": (0.19, 0.24)}       # radius by the canvas's longer side
+KINDS = ("circle", "square", "triangle", "star")
 SCENES = {"train": 5000, "val": 150, "test": 150}
-CANVASES = ((80, 80), (80, 64), (64, 80), (80, 72), (72, 80))
+CANVASES = ((64, 64), (64, 48), (48, 64), (64, 56), (56, 64))
+WAYS = (0.5, 0.3, 0.2)          # how often a figure is meant by its look, its place, a relation
 
 
 class Figure(NamedTuple):
@@ -548,25 +549,16 @@ class Figure(NamedTuple):
 def outline(kind, x, y, radius, turn):
     """The corners of a figure around (x, y), turned by so many radians."""
     count, inner = {"circle": (32, 1.0), "square": (4, 1.0), "triangle": (3, 1.0),
-                    "star": (10, 0.45), "cross": (12, None)}[kind]
-    if kind == "cross":         # a plus: two corners per arm end, one in every nook
-        arm, nook = (0.33, 1.0), 0.33 * math.sqrt(2)
-        angle = math.atan2(*arm)
-        polar = [(a, r) for quarter in range(4) for a, r in (
-            (quarter * math.pi / 2 - angle, math.hypot(*arm)),
-            (quarter * math.pi / 2 + angle, math.hypot(*arm)),
-            (quarter * math.pi / 2 + math.pi / 4, nook))]
-    else:
-        polar = [(2 * math.pi * i / count, inner if i % 2 and kind == "star" else 1.0)
-                 for i in range(count)]
-    return [(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn))
-            for a, r in polar]
+                    "star": (10, 0.45)}[kind]
+    corners = [(2 * math.pi * i / count + turn, radius * (inner if i % 2 else 1.0))
+               for i in range(count)]
+    return [(x + r * math.sin(angle), y - r * math.cos(angle)) for angle, r in corners]
 
 
 def invent_figures(rng, width, height):
-    """Three to five figures that do not touch."""
+    """Two to four figures that do not touch."""
     figures, side = [], max(width, height)
-    for _ in range(rng.randint(3, 5)):
+    for _ in range(rng.randint(2, 4)):
         for _ in range(40):
             size = rng.choice(list(SIZES))
             radius = side * rng.uniform(*SIZES[size])
@@ -691,10 +683,11 @@ def draw_one(rng, image_id, split, folder, images, annotations, refs):
             "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0,
             "category_id": KINDS.index(figure.kind) + 1, "area": int(mask.sum()),
             "segmentation": run_lengths(mask[..., 0]) if rng.random() < 0.25 else [polygon]})
-        ways = [way for way in expressions(figure, figures, 0.06 * max(width, height)) if way]
-        if ways:
-            meant.append((annotations[-1], sorted({rng.choice(rng.choice(ways))
-                                                   for _ in range(3)})))
+        ways = expressions(figure, figures, margin=0.06 * max(width, height))
+        if any(ways):
+            weights = [weight if way else 0 for weight, way in zip(WAYS, ways)]
+            sentences = {rng.choice(way) for way in rng.choices(ways, weights, k=3)}
+            meant.append((annotations[-1], sorted(sentences)))
     for annotation, sentences in rng.sample(meant, min(2, len(meant))):
         refs.append({
             "ref_id": len(refs) + 1, "ann_id": annotation["id"], "image_id": image_id,

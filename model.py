@@ -293,12 +293,7 @@ def read_checkpoint(path):
     """The dictionary that `save` wrote. Raises WeightsError for anything else, OSError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:              # a file cut short, or no checkpoint at all
-        raise backbones.unreadable(path, error) from None
+    checkpoint = backbones.read_file(path)
     if not isinstance(checkpoint, dict) or not {"config", "towers", "tensors"} <= checkpoint.keys():
         raise WeightsError(f"{path}: not a checkpoint of this project (config, towers, tensors)")
     return checkpoint

@@ -1,0 +1,1226 @@
+"""All tests: `python test_all.py`. They need no weights, no data and no GPU, and a few minutes.
+
+CLIP's vocabulary is looked for in pretrained/ and ../shared/pretrained/; without it, the tests of
+CLIP's token ids are skipped with a message.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import adapters
+import backbones
+import data
+import evaluate
+import head
+import loss
+import model
+import train
+
+HERE = Path(__file__).resolve().parent
+VOCABULARY = next((folder / "bpe_simple_vocab_16e6.txt.gz"
+                   for folder in (HERE / "pretrained", HERE.parent / "shared" / "pretrained")
+                   if (folder / "bpe_simple_vocab_16e6.txt.gz").is_file()), None)
+CPU = torch.device("cpu")
+TINY = {"train": 40, "val": 8, "test": 5}           # scenes
+# The small model, smaller; dropout off, so that runs can be compared.
+SMALL_RUN = ["--epochs", "2", "--decay-epoch", "1", "--batch-size", "8", "--dropout", "0",
+             "--head-width", "32", "--head-heads", "2", "--head-layers", "1"]
+
+
+def program(module, *arguments):
+    """Runs a program's command line in this process: its exit status, output and errors."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with mock.patch.object(sys, "argv", [module.__file__, *map(str, arguments)]), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            evaluate.run(module.main)
+        except SystemExit as stop:
+            status = stop.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def folder(test):
+    """A temporary folder that goes with the test."""
+    place = tempfile.TemporaryDirectory()
+    test.addCleanup(place.cleanup)
+    return Path(place.name)
+
+
+def shake(module, seed=0):
+    """Random numbers in all parameters, in double precision, so that nothing cancels."""
+    generator = torch.Generator().manual_seed(seed)
+    module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator,
+                                              dtype=torch.float64))
+    return module
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------------
+# Plain restatements: the layers as their formulas, with nothing but sums and products
+# ---------------------------------------------------------------------------------------------
+
+def plain_conv(x, weight, bias=None):
+    size = weight.shape[-1]
+    padded = nn.functional.pad(x, [size // 2] * 4)
+    rows, columns = x.shape[-2:]
+    out = sum(torch.einsum("bchw,dc->bdhw", padded[:, :, i:i + rows, j:j + columns],
+                           weight[:, :, i, j]) for i in range(size) for j in range(size))
+    return out if bias is None else out + bias[:, None, None]
+
+
+def plain_conv_bn_relu(x, layers):
+    conv, norm = layers[0], layers[1]
+    x = plain_conv(x, conv.weight, conv.bias)
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    x = (x - mean) / torch.sqrt(variance + norm.eps)
+    return (x * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+
+
+def plain_linear(x, layer):
+    return torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias
+
+
+def plain_norm(x, layer):
+    x = x - x.mean(-1, keepdim=True)
+    return x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + layer.eps) * layer.weight + layer.bias
+
+
+def plain_attention(query, key, value, layer, padding=None):
+    """softmax(q k^T / sqrt(d)) v per head, projected."""
+    if layer.in_proj_weight is not None:
+        w_q, w_k, w_v = layer.in_proj_weight.chunk(3)
+    else:
+        w_q, w_k, w_v = layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight
+    b_q, b_k, b_v = layer.in_proj_bias.chunk(3)
+    q, k, v = query @ w_q.T + b_q, key @ w_k.T + b_k, value @ w_v.T + b_v
+    width = layer.head_dim
+    out = []
+    for i in range(layer.num_heads):
+        part = slice(i * width, (i + 1) * width)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(width)
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None], -math.inf)
+        out.append(scores.softmax(-1) @ v[..., part])
+    return plain_linear(torch.cat(out, -1), layer.out_proj)
+
+
+def plain_upsample(x):
+    """Twice as large, bilinear: every new centre lies a quarter between two old ones."""
+    for axis in (2, 3):
+        size = x.shape[axis]
+        before = x.index_select(axis, torch.arange(size).sub(1).clamp(min=0))
+        after = x.index_select(axis, torch.arange(size).add(1).clamp(max=size - 1))
+        pair = torch.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
+        x = pair.flatten(axis, axis + 1)
+    return x
+
+
+class Equations(unittest.TestCase):
+    """Every equation of DCRIS against a plain restatement, in double precision."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+
+    def same(self, a, b):
+        self.assertEqual(a.shape, b.shape)
+        self.assertGreater(float(b.detach().std()), 1e-3)       # not a comparison of nothing
+        self.assertLess(float((a - b).detach().abs().max()), 1e-10)
+
+    def test_dense_cross_adapter_equations_1_and_2(self):
+        adapter = shake(adapters.DenseCrossAdapter(24, 32, 20, dropout=0.0))
+        x, words = torch.randn(2, 3 + 20, 24).double(), torch.randn(2, 7, 20).double()
+        f = plain_linear(x, adapter.down).clamp(min=0)
+        f_v = f[:, 3:].transpose(1, 2).reshape(2, 32, 4, 5)
+        dense = adapter.dense
+        f_v1 = plain_conv_bn_relu(f_v, dense.branch1)
+        f_v2 = plain_conv_bn_relu(plain_conv_bn_relu(
+            torch.cat([f_v, f_v1], 1), dense.branch2[0]), dense.branch2[1])
+        f_v3 = plain_conv_bn_relu(plain_conv_bn_relu(
+            torch.cat([f_v, f_v1, f_v2], 1), dense.branch3[0]), dense.branch3[1])
+        f_dense = (torch.cat([f_v1, f_v2, f_v3], 1) + f_v).reshape(2, 32, 20).transpose(1, 2)
+        self.assertEqual([f_v1.shape[1], f_v2.shape[1], f_v3.shape[1]], [16, 8, 8])
+        projected = plain_linear(words, adapter.cross.words)
+        cross = plain_linear(plain_attention(plain_linear(f_dense, adapter.cross.query), projected,
+                                             projected, adapter.cross.attention),
+                             adapter.cross.back)
+        f_cross = torch.cat([2 * f[:, :3], cross + f[:, 3:]], 1)
+        self.same(adapter(x, words, (4, 5)), 0.2 * plain_linear(f_cross, adapter.up))
+
+    def test_text_adapter_equation_3(self):
+        adapter = shake(adapters.TextAdapter(20, 8))
+        x = torch.randn(2, 5, 20).double()
+        f_w = plain_linear(plain_linear(x, adapter.down).clamp(min=0), adapter.up)
+        self.same(adapter(x), x + 0.2 * f_w)
+
+    def test_text_adapter_starts_as_the_identity(self):
+        x = torch.randn(2, 5, 20)
+        self.assertTrue(torch.equal(adapters.TextAdapter(20, 8)(x), x))
+
+    def test_neck_equation_4(self):
+        for residual in (True, False):
+            neck = shake(head.Neck([6, 8, 10], 12, 16, residual))
+            features = [torch.randn(2, c, 4, 5).double() for c in (6, 8, 10)]
+            sentence = torch.randn(2, 12).double()
+            s = plain_linear(sentence, neck.sentence)[:, None]
+            gated = []
+            for x, layers, gate in zip(features, neck.maps, neck.gates):
+                x = plain_conv_bn_relu(x, layers)
+                # The attention in full: any queries and keys, one token to look at.
+                full = nn.MultiheadAttention(16, 4, batch_first=True).double()
+                with torch.no_grad():
+                    full.in_proj_weight[32:] = gate.value.weight
+                    full.in_proj_bias[32:] = gate.value.bias
+                    full.out_proj.weight.copy_(gate.out.weight)
+                    full.out_proj.bias.copy_(gate.out.bias)
+                tokens = x.flatten(2).transpose(1, 2)
+                fused = plain_attention(tokens, s, s, full)
+                gated.append(x * fused.transpose(1, 2).reshape(x.shape))
+            f_f = plain_conv_bn_relu(torch.cat(gated, 1), neck.fuse)
+            place = torch.zeros(2, 2, 4, 5).double()
+            for i in range(4):
+                for j in range(5):
+                    place[:, :, i, j] = torch.tensor(
+                        [2 * j / 4 - 1, 2 * i / 3 - 1], dtype=torch.float64)
+            out = torch.cat([f_f, place], 1)
+            for layers in neck.coordinates:
+                out = plain_conv_bn_relu(out, layers)
+            self.same(neck(features, sentence), out + f_f if residual else out)
+
+    def test_decoder(self):
+        decoder = shake(head.Decoder(16, 12, heads=4, layers=2, dropout=0.0))
+        x, words = torch.randn(2, 16, 3, 5).double(), torch.randn(2, 6, 12).double()
+        padding = torch.arange(6) >= torch.tensor([[4], [6]])
+        places = torch.zeros(3 * 5, 16).double()
+        word_places = torch.zeros(6, 12).double()
+        for i in range(4):
+            for row in range(3):
+                for column in range(5):
+                    for start, at in ((0, column), (8, row)):
+                        angle = at / 10000 ** (2 * i / 8)
+                        places[row * 5 + column, start + 2 * i] = math.sin(angle)
+                        places[row * 5 + column, start + 2 * i + 1] = math.cos(angle)
+        for i in range(6):
+            for at in range(6):
+                word_places[at, 2 * i] = math.sin(at / 10000 ** (2 * i / 12))
+                word_places[at, 2 * i + 1] = math.cos(at / 10000 ** (2 * i / 12))
+        y = x.flatten(2).transpose(1, 2)
+        for layer in decoder.layers:
+            z = plain_norm(y, layer.norm1)
+            z = plain_attention(z + places, z + places, z, layer.self_attention)
+            y = y + plain_norm(z, layer.self_attention_norm)
+            z = plain_norm(y, layer.norm2) + places
+            z = plain_attention(z, words + word_places, words, layer.cross_attention, padding)
+            y = y + plain_norm(z, layer.cross_attention_norm)
+            z = plain_linear(plain_norm(y, layer.norm3), layer.feed_forward[0]).clamp(min=0)
+            y = y + plain_linear(plain_norm(z, layer.feed_forward[3]), layer.feed_forward[4])
+        y = plain_norm(y, decoder.norm).transpose(1, 2).reshape(x.shape)
+        # The positions are made in single precision; compare with those of the module.
+        self.assertLess(float((head.sine_positions_2d(3, 5, 16) - places).abs().max()), 1e-6)
+        self.assertLess(float((head.sine_positions(6, 12) - word_places).abs().max()), 1e-6)
+        with mock.patch.object(head, "sine_positions_2d", lambda *_: places), \
+                mock.patch.object(head, "sine_positions", lambda *_: word_places):
+            self.same(decoder(x, words, padding), y)
+
+    def test_projector_equation_5(self):
+        projector = shake(head.Projector(8, 12))
+        x, sentence = torch.randn(3, 8, 3, 4).double(), torch.randn(3, 12).double()
+        image = projector.image
+        f_c = plain_conv_bn_relu(plain_upsample(x), image[1])
+        f_c = plain_conv_bn_relu(plain_upsample(f_c), image[3])
+        f_c = plain_conv(f_c, image[4].weight, image[4].bias)
+        f_l = plain_linear(sentence, projector.sentence)
+        logits = torch.cat([
+            plain_conv(f_c[i:i + 1], f_l[i, :-1].reshape(1, 4, 3, 3), f_l[i, -1:])
+            for i in range(3)])
+        self.assertEqual(logits.shape, (3, 1, 12, 16))
+        self.same(projector(x, sentence), logits)
+
+    def test_loss_equation_6(self):
+        logits = torch.randn(2, 1, 4, 6).double() * 3
+        masks = (torch.rand(2, 1, 8, 12) > 0.6).double()
+        total = 0.0
+        for b in range(2):
+            for i in range(4):
+                for j in range(6):
+                    positive = masks[b, 0, 2 * i, 2 * j] == 1       # nearest: the upper left
+                    sigma = 1 / (1 + math.exp(-logits[b, 0, i, j]))
+                    total -= math.log(sigma if positive else 1 - sigma)
+        self.assertAlmostEqual(float(loss.text_to_pixel_loss(logits, masks)), total / 48,
+                               delta=1e-10)
+
+    def test_loss_survives_certainty(self):
+        logits = torch.full((1, 1, 2, 2), 1e4, requires_grad=True)
+        value = loss.text_to_pixel_loss(logits, torch.zeros(1, 1, 2, 2))
+        value.backward()
+        self.assertEqual(float(value), 1e4)
+        self.assertTrue(torch.isfinite(logits.grad).all())
+
+
+class Counts(unittest.TestCase):
+    """Parameters, exactly, and the papers' printed millions."""
+
+    def test_parts(self):
+        with torch.device("meta"):
+            self.assertEqual(parameters(backbones.ViT(backbones.VISION["dinov2-b"])), 86_583_552)
+            self.assertEqual(parameters(backbones.TextTransformer(backbones.TEXT["clip-b"])),
+                             63_428_097)
+            self.assertEqual(parameters(adapters.DenseCrossAdapter(768, 128, 512, 0.1)), 382_896)
+            self.assertEqual(parameters(adapters.TextAdapter(512, 64)), 66_112)
+
+    def test_table(self):
+        status, out, _ = program(model, "--json")
+        self.assertEqual(status, 0)
+        printed = [f"{row['tuned'] / 1e6:.2f}" for row in json.loads(out)
+                   if row["preset"].startswith("dcris-b, layers")]
+        self.assertEqual(printed, ["0.45", "0.90", "1.35", "1.80", "2.25", "2.69", "3.14", "3.59",
+                                   "5.39"])
+        self.assertEqual(json.loads(out)[1]["tuned"], 6 * (382_896 + 66_112))
+        self.assertIn("| dcris-b | 150.01 | 2.69 | 2.69 |", program(model)[1])
+
+
+class Towers(unittest.TestCase):
+    """Frozen towers and their files."""
+
+    def dinov2(self, width=128, depth=2, patch=14, grid=5):
+        """A state dictionary with the official names, random."""
+        state = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid ** 2, width),
+                 "register_tokens": (1, 4, width), "mask_token": (1, width),
+                 "patch_embed.proj.weight": (width, 3, patch, patch),
+                 "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,)}
+        for i in range(depth):
+            for name, shape in (("norm1", width), ("norm2", width), ("attn.qkv", (3 * width, width)),
+                                ("attn.proj", (width, width)), ("mlp.fc1", (4 * width, width)),
+                                ("mlp.fc2", (width, 4 * width))):
+                shape = shape if isinstance(shape, tuple) else (shape,)
+                state[f"blocks.{i}.{name}.weight"] = shape
+                state[f"blocks.{i}.{name}.bias"] = shape[:1]
+            state[f"blocks.{i}.ls1.gamma"] = state[f"blocks.{i}.ls2.gamma"] = (width,)
+        return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+
+    def clip(self, width=128, depth=2):
+        state = {"token_embedding.weight": (300, width), "positional_embedding": (77, width),
+                 "text_projection": (width, 64), "ln_final.weight": (width,),
+                 "ln_final.bias": (width,), "logit_scale": (), "visual.proj": (8, 4),
+                 "visual.conv1.weight": (8, 3, 16, 16)}
+        for i in range(depth):
+            for name, shape in (("ln_1.", width), ("ln_2.", width),
+                                ("attn.in_proj_", (3 * width, width)),
+                                ("attn.out_proj.", (width, width)),
+                                ("mlp.c_fc.", (4 * width, width)),
+                                ("mlp.c_proj.", (width, 4 * width))):
+                shape = shape if isinstance(shape, tuple) else (shape,)
+                state[f"transformer.resblocks.{i}.{name}weight"] = shape
+                state[f"transformer.resblocks.{i}.{name}bias"] = shape[:1]
+        return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+
+    def saved(self, state):
+        path = folder(self) / "weights.pth"
+        torch.save(state, path)
+        return path
+
+    def test_dinov2_file_loads_whole(self):
+        state = self.dinov2()
+        tower = backbones.load_vision(self.saved(state))
+        self.assertEqual(tower.shape, backbones.VisionShape(14, 128, 2, 2, grid=5, registers=4))
+        mine = {tensor.double().sum().item() for tensor in tower.state_dict().values()}
+        self.assertEqual(mine, {tensor.double().sum().item() for tensor in state.values()})
+        tokens = tower(torch.randn(2, 3, 70, 42))
+        self.assertEqual(tokens.shape, (2, 5 + 5 * 3, 128))
+        self.assertFalse(any(p.requires_grad for p in tower.parameters()))
+        self.assertFalse(tower.train().training)
+
+    def test_dinov2_by_hand(self):
+        """One block, written out from the official names."""
+        state = self.dinov2(depth=1)
+        tower = backbones.load_vision(self.saved(state)).double()
+        s = {name: tensor.double() for name, tensor in state.items()}
+        image = torch.randn(1, 3, 70, 70).double()
+
+        def norm(x, name):
+            x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(
+                x.var(-1, unbiased=False, keepdim=True) + 1e-6)
+            return x * s[name + ".weight"] + s[name + ".bias"]
+
+        patches = torch.stack([
+            (image[0, :, 14 * i:14 * i + 14, 14 * j:14 * j + 14]
+             * s["patch_embed.proj.weight"]).sum((1, 2, 3)) + s["patch_embed.proj.bias"]
+            for i in range(5) for j in range(5)])
+        x = torch.cat([s["cls_token"][0], patches]) + s["pos_embed"][0]
+        x = torch.cat([x[:1], s["register_tokens"][0], x[1:]])
+        q, k, v = (norm(x, "blocks.0.norm1") @ s["blocks.0.attn.qkv.weight"].T
+                   + s["blocks.0.attn.qkv.bias"]).chunk(3, -1)
+        heads = [(q[:, p] @ k[:, p].T / 8).softmax(-1) @ v[:, p]
+                 for p in (slice(0, 64), slice(64, 128))]
+        attention = (torch.cat(heads, -1) @ s["blocks.0.attn.proj.weight"].T
+                     + s["blocks.0.attn.proj.bias"])
+        x = x + s["blocks.0.ls1.gamma"] * attention
+        up = norm(x, "blocks.0.norm2") @ s["blocks.0.mlp.fc1.weight"].T + s["blocks.0.mlp.fc1.bias"]
+        up = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+        x = x + s["blocks.0.ls2.gamma"] * (
+            up @ s["blocks.0.mlp.fc2.weight"].T + s["blocks.0.mlp.fc2.bias"])
+        self.assertLess(float((tower(image)[0] - norm(x, "norm")).abs().max()), 1e-10)
+
+    def test_positions_are_resized_and_can_stay_so(self):
+        path = self.saved(self.dinov2())
+        image = torch.randn(1, 3, 98, 98)
+        stays = backbones.load_vision(path, image_size=98)
+        self.assertEqual(stays.shape.grid, 7)
+        self.assertEqual(stays.position.shape, (1, 50, 128))
+        self.assertTrue(torch.equal(stays(image), backbones.load_vision(path)(image)))
+        with self.assertRaisesRegex(ValueError, "14 does not divide"):
+            backbones.load_vision(path, image_size=100)
+
+    def test_clip_files_plain_and_torchscript(self):
+        state = self.clip()
+        path = self.saved(state)
+        tower = backbones.load_text(path)
+        self.assertEqual(tower.shape, backbones.TextShape(128, 2, 2, 64, 300, 77))
+        tokens = torch.tensor([[298, 5, 299, 0, 0], [298, 7, 8, 9, 299]])
+        words, sentence = tower(tokens)
+        self.assertEqual((words.shape, sentence.shape), ((2, 5, 128), (2, 64)))
+        self.assertTrue(torch.allclose(sentence[1], words[1, 4] @ tower.projection, atol=1e-5))
+        # OpenAI's files are TorchScript archives in half precision, with three plain numbers.
+        root = nn.Module()
+        for name, tensor in {**state, "context_length": torch.tensor(77),
+                             "input_resolution": torch.tensor(224),
+                             "vocab_size": torch.tensor(300)}.items():
+            at, (*parts, last) = root, name.split(".")
+            for part in parts:
+                if not hasattr(at, part):
+                    at.add_module(part, nn.Module())
+                at = getattr(at, part)
+            at.register_buffer(last, tensor.half() if tensor.is_floating_point() else tensor)
+        archive = path.with_name("ViT-B-16.pt")
+        torch.jit.script(root).save(str(archive))
+        half = backbones.load_text(archive)
+        self.assertEqual(half.projection.dtype, torch.float32)
+        self.assertLess(float((half(tokens)[0] - words).abs().max()), 2e-2)
+
+    def test_text_is_causal_and_padding_stands_after_the_end(self):
+        tower = backbones.TextTransformer(backbones.TEXT["small"]).eval()
+        a = torch.tensor([[1000, 5, 6, 1001, 0, 0]])
+        b = torch.tensor([[1000, 5, 7, 1001, 0, 0]])
+        words_a, words_b = tower(a)[0], tower(b)[0]
+        self.assertTrue(torch.equal(words_a[:, :2], words_b[:, :2]))
+        self.assertFalse(torch.allclose(words_a[:, 2], words_b[:, 2]))
+        self.assertEqual(backbones.after_end(a).tolist(), [[False] * 4 + [True] * 2])
+
+    def test_bad_files_are_refused_by_name(self):
+        state = self.dinov2()
+        for change, message in (
+                (lambda s: s.pop("blocks.1.attn.qkv.bias"),
+                 r"1 tensor\(s\) missing, the first: blocks\.1\.attn\.qkv\.bias"),
+                (lambda s: s.update(extra=torch.zeros(3)), r"1 tensor\(s\) unexpected.*extra"),
+                (lambda s: s.update({"norm.weight": torch.zeros(7)}),
+                 r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
+                (lambda s: s.update({"blocks.0.ls1.gama": s.pop("blocks.0.ls1.gamma")}),
+                 r"missing, the first: blocks\.0\.ls1\.gamma"),
+                (lambda s: s.pop("register_tokens"), "no vision tower"),
+                (lambda s: s.pop("patch_embed.proj.weight"), "patch_embed.proj.weight is missing"),
+        ):
+            broken = dict(state)
+            change(broken)
+            with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
+                backbones.load_vision(self.saved(broken))
+        whole = self.saved(state)
+        half = whole.with_name("half.pth")
+        half.write_bytes(whole.read_bytes()[:5000])
+        for path in (half, self.saved([1, 2]), self.saved({"a": 1})):
+            with self.assertRaises(backbones.WeightsError):
+                backbones.load_vision(path)
+        with self.assertRaisesRegex(backbones.WeightsError, "no text tower"):
+            backbones.load_text(whole)
+
+    def test_a_weight_file_runs_no_code(self):
+        place = folder(self)
+        (place / "w.pth").write_bytes(pickle.dumps({"cls_token": Harm(place / "harmed")}))
+        with self.assertRaises(backbones.WeightsError):
+            backbones.load_vision(place / "w.pth")
+        self.assertFalse((place / "harmed").exists())
+
+
+class Harm:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+class Methods(unittest.TestCase):
+    def batch(self, net, count=2):
+        size = net.config.image_size
+        tokens = torch.zeros(count, net.config.length, dtype=torch.int64)
+        tokens[:, :5] = torch.tensor([510, 30, 40, 50, net.text.shape.vocabulary - 1])
+        return torch.randn(count, 3, size, size), tokens
+
+    def test_frozen_stays_and_tuned_learns(self):
+        torch.manual_seed(0)
+        net = model.build("shapes", train_towers=False).train()
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+        images, tokens = self.batch(net, 4)
+        for _ in range(3):
+            masks = (torch.rand(4, 1, 16, 16) > 0.5).float()
+            model.text_to_pixel_loss(net(images, tokens), masks).backward()
+            for name, parameter in net.named_parameters():
+                self.assertEqual(parameter.grad is not None, parameter.requires_grad, name)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, tensor in net.state_dict().items():
+            frozen = name.startswith(("vision.", "text."))
+            self.assertEqual(torch.equal(tensor, before[name]), frozen, name)
+        self.assertFalse(net.vision.training or net.text.training)
+
+    def test_towers_can_learn_too(self):
+        net = model.build("shapes")
+        images, tokens = self.batch(net)
+        net(images, tokens).sum().backward()
+        without = {name for name, p in net.named_parameters() if p.grad is None}
+        self.assertEqual(without, {"vision.mask_token", "text.logit_scale"})
+
+    def test_adapters_off_leaves_the_towers_alone(self):
+        net = model.build("shapes", visual_adapter_layers=(), text_adapter_layers=()).eval()
+        images, tokens = self.batch(net)
+        words, sentence = net.read(tokens)
+        self.assertTrue(torch.equal(words, net.text(tokens)[0]))
+        last = net.see(images, words)[-1].flatten(2).transpose(1, 2)
+        self.assertTrue(torch.equal(last, net.vision(images)[:, net.vision.prefix:]))
+
+    def test_the_image_reads_the_words(self):
+        net = model.build("shapes").eval()
+        images, tokens = self.batch(net)
+        other = tokens.clone()
+        other[:, 2] = 41
+        a, b = net.see(images, net.read(tokens)[0]), net.see(images, net.read(other)[0])
+        self.assertTrue(all((x - y).abs().max() > 1e-6 for x, y in zip(a, b)))
+
+    def test_logits_are_four_times_the_grid(self):
+        net = model.build("shapes").eval()
+        images, tokens = self.batch(net)
+        side = 4 * net.config.image_size // net.vision.shape.patch
+        self.assertEqual(net(images, tokens).shape, (2, 1, side, side))
+        self.assertEqual(net(images[:, :, :48], tokens).shape, (2, 1, 24, side))
+
+    def test_bad_configurations(self):
+        for overrides, message in (
+                ({"image_size": 450}, "image_size 450 is no multiple of the patch size 14.*448"),
+                ({"visual_adapter_layers": (3, 12)}, "the tower has 12 blocks, 0 to 11"),
+                ({"text_adapter_layers": (-1,)}, "text_adapter_layers"),
+                ({"visual_adapter_layers": (3, 3)}, "each block once"),
+                ({"visual_adapter_rank": 100}, "multiple of 16"),
+                ({"length": 78}, "3 to 77"), ({"length": 2}, "3 to 77"),
+                ({"head_heads": 7}, "head_width 512"), ({"lr": 0.0}, "above 0"),
+                ({"lr": math.nan}, "above 0"), ({"batch_size": -2}, "above 0"),
+                ({"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
+                ({"features": (4,)}, "two blocks"), ({"dropout": 1.0}, "dropout"),
+                ({"colour": 1}, "no field 'colour'")):
+            with self.subTest(overrides), self.assertRaisesRegex(model.ConfigError, message):
+                model.configure("dcris-b", **overrides)
+        with self.assertRaisesRegex(model.ConfigError, "no preset 'nothing'; there are shapes"):
+            model.build("nothing")
+
+    def test_full_size_step(self):
+        """One optimisation step of dcris-b at 448 pixels, batch 2."""
+        torch.manual_seed(0)
+        net = model.build("dcris-b").train()
+        tuned = [p for p in net.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in tuned]
+        optimizer = torch.optim.Adam(tuned, lr=1e-4)
+        images, tokens = self.batch(net)
+        logits = net(images, tokens)
+        self.assertEqual(logits.shape, (2, 1, 128, 128))
+        value = model.text_to_pixel_loss(logits, (torch.rand(2, 1, 448, 448) > 0.5).float())
+        value.backward()
+        optimizer.step()
+        self.assertTrue(math.isfinite(value.item()))
+        moved = sum(not torch.equal(a, b) for a, b in zip(before, tuned))
+        # Below the zero up-projection of a text adapter nothing moves in the first step.
+        self.assertEqual(moved, len(tuned) - 2 * len(net.config.text_adapter_layers))
+
+
+class Checkpoints(unittest.TestCase):
+    def test_there_and_back(self):
+        place = folder(self)
+        torch.manual_seed(0)
+        net = model.build("shapes", dropout=0.0).eval()
+        model.save(place / "a.pt", net, dataset="shapes")
+        images = torch.randn(2, 3, net.config.image_size, net.config.image_size)
+        tokens = torch.randint(1, 500, (2, 17))
+        again = model.load(place / "a.pt")
+        self.assertFalse(again.training)
+        self.assertEqual(again.config, net.config)
+        self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
+        self.assertEqual([p.name for p in place.iterdir()], ["a.pt"])
+
+    def test_towers_from_files_stay_in_their_files(self):
+        place = folder(self)
+        names = {"vision": backbones.Published("v.pth", "http://v", None),
+                 "text": backbones.Published("t.pt", "http://t", None)}
+        shapes = {"vision": backbones.VisionShape(14, 64, 2, 1, grid=4, registers=4),
+                  "text": backbones.TextShape(64, 2, 1, 64, 300, 77)}
+        towers = Towers()
+        towers.addCleanup = self.addCleanup
+        torch.save(towers.dinov2(64, grid=4), place / "v.pth")
+        torch.save(towers.clip(64), place / "t.pt")
+        overrides = {"vision": "vision", "text": "text", "image_size": 56, "train_towers": False,
+                     "visual_adapter_layers": (1,), "features": (0, 1)}
+        with mock.patch.dict(backbones.VISION, vision=shapes["vision"]), \
+                mock.patch.dict(backbones.TEXT, text=shapes["text"]), \
+                mock.patch.dict(backbones.PUBLISHED, names), \
+                mock.patch.object(model, "PRETRAINED", place):
+            net = model.build("shapes", place / "v.pth", place / "t.pt", **overrides).eval()
+            model.save(place / "a.pt", net)
+            held = model.read_checkpoint(place / "a.pt")
+            self.assertFalse([n for n in held["tensors"] if n.startswith(("vision.", "text."))])
+            self.assertEqual(held["towers"]["vision"],
+                             {"file": "v.pth", "sha256": backbones.sha256(place / "v.pth")})
+            images, tokens = torch.randn(1, 3, 56, 56), torch.tensor([[298, 4, 299]])
+            again = model.load(place / "a.pt")
+            self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
+            torch.save(towers.dinov2(64, grid=4), place / "v.pth")         # other numbers
+            with self.assertRaisesRegex(backbones.WeightsError, "SHA-256"):
+                model.load(place / "a.pt")
+            (place / "v.pth").unlink()
+            with self.assertRaisesRegex(FileNotFoundError, "http://v"):
+                model.load(place / "a.pt")
+
+    def test_bad_checkpoints_are_refused(self):
+        place = folder(self)
+        net = model.build("shapes")
+        model.save(place / "a.pt", net)
+        whole = (place / "a.pt").read_bytes()
+        (place / "half.pt").write_bytes(whole[:len(whole) // 2])
+        held = model.read_checkpoint(place / "a.pt")
+        first = next(iter(held["tensors"]))
+        for name, change, message in (
+                ("missing", lambda c: c["tensors"].pop(first), f"missing, the first: {first}"),
+                ("extra", lambda c: c["tensors"].update(x=torch.zeros(1)), "unexpected.*: x"),
+                ("shape", lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
+                ("field", lambda c: c["config"].update(colour=1), "colour"),
+                ("value", lambda c: c["config"].update(image_size=81), "image_size 81"),
+                ("part", lambda c: c.pop("towers"), "not a checkpoint")):
+            changed = {**held, "tensors": dict(held["tensors"]), "config": dict(held["config"])}
+            change(changed)
+            torch.save(changed, place / f"{name}.pt")
+            with self.subTest(name), self.assertRaisesRegex(backbones.WeightsError, message):
+                model.load(place / f"{name}.pt")
+        with self.assertRaisesRegex(backbones.WeightsError, "half.pt: not a readable"):
+            model.load(place / "half.pt")
+        (place / "code.pt").write_bytes(pickle.dumps(Harm(place / "harmed")))
+        with self.assertRaises(backbones.WeightsError):
+            model.load(place / "code.pt")
+        self.assertFalse((place / "harmed").exists())
+
+    def test_a_failed_save_keeps_the_old_file(self):
+        place = folder(self)
+        (place / "a.pt").write_bytes(b"old")
+        with self.assertRaises(OSError), model.replacing(place / "a.pt") as file:
+            file.write(b"new")
+            raise OSError(28, "No space left on device")
+        self.assertEqual([(p.name, p.read_bytes()) for p in place.iterdir()], [("a.pt", b"old")])
+
+
+@unittest.skipIf(VOCABULARY is None, "no bpe_simple_vocab_16e6.txt.gz in pretrained/")
+class ClipTokenizer(unittest.TestCase):
+    # Made with an independent implementation (open_clip's tokenizer on the same vocabulary, with
+    # OpenAI's two special tokens and without ftfy).
+    TABLE = [
+        ('the left cat on the sofa',
+         [518, 1823, 2368, 525, 518, 15723]),
+        ("woman's shirt, don't they've we're I'll it'd I'm",
+         [2308, 568, 2523, 267, 847, 713, 889, 1200, 649, 982, 328, 1342, 585, 1896, 328, 880]),
+        ('Row of chairs: closest 3rd from the LEFT!!!',
+         [1044, 539, 12033, 281, 14975, 274, 1973, 633, 518, 1823, 995]),
+        ('café naïve Zürich straße ŒUVRE',
+         [15304, 1097, 35689, 563, 89, 6522, 4021, 1894, 127, 253, 324, 129, 241, 84, 17501]),
+        ('x² ½ Ⅳ 42nd ١٢٣',
+         [343, 41175, 33613, 158, 227, 367, 275, 273, 1764, 149, 350, 149, 351, 149, 352]),
+        ('日本語の猫 где кот',
+         [39121, 44353, 34002, 252, 21575, 163, 234, 360, 140, 111, 140, 112, 140, 369, 27152,
+          13506, 141, 480]),
+        ('\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 giraffe',
+         [7334, 25023, 26304, 964, 356, 22826]),
+        ('&lt;b&gt; &amp;amp; &eacute; it&#39;s',
+         [283, 321, 285, 261, 4166, 585, 568]),
+        ('tabs\t and\n new\xa0lines \u2003 ',
+         [29163, 537, 686, 3418]),
+        ('a_b under_score @#$% -- ...',
+         [320, 318, 321, 1798, 318, 4431, 31, 2, 3, 260, 2432, 678]),
+        ("“quoted” ’s '' 's 'S 'ſ !'s",
+         [728, 506, 27706, 728, 507, 728, 503, 338, 8445, 568, 568, 6, 129, 379, 13222, 338]),
+        ('<|endoftext|> <|startoftext|> <|endof',
+         [49407, 49406, 27, 347, 945, 539]),
+        ('İstanbul K ǅ ª º',
+         [328, 16384, 11231, 330, 131, 484, 126, 359, 28059]),
+        ('e\u0301 n\u0303 \ufb01',
+         [324, 136, 479, 333, 136, 481, 171, 105, 479]),
+        ('blk&wht tv guy w/ glasses',
+         [22872, 261, 32470, 1583, 2149, 342, 270, 6116]),
+        ('!',
+         [256]),
+        ('antidisestablishmentarianism pneumonoultramicroscopic',
+         [3120, 4262, 7726, 12658, 1585, 44351, 28714, 749, 20253, 9800, 535, 532, 23869]),
+    ]
+
+    @classmethod
+    def setUpClass(cls):
+        cls.tokenizer = data.Tokenizer(VOCABULARY)
+
+    def test_table(self):
+        for text, ids in self.TABLE:
+            with self.subTest(text):
+                self.assertEqual(self.tokenizer.encode(text), ids)
+
+    def test_frame(self):
+        tokens = self.tokenizer(["the left cat", "cat " * 40], 8)
+        self.assertEqual(tokens.dtype, torch.int64)
+        self.assertEqual(tokens.tolist(), [[49406, 518, 1823, 2368, 49407, 0, 0, 0],
+                                           [49406, 2368, 2368, 2368, 2368, 2368, 2368, 49407]])
+        self.assertEqual(self.tokenizer.size, 49408)
+
+    def test_merges_txt_is_the_same(self):
+        path = folder(self) / "merges.txt"
+        path.write_text("\n".join(self.tokenizer.text.split("\n")[:data.MERGES + 1]))
+        again = data.Tokenizer(path)
+        self.assertEqual(again("a café, 2 dogs".split(), 6).tolist(),
+                         self.tokenizer("a café, 2 dogs".split(), 6).tolist())
+
+
+class OwnTokenizer(unittest.TestCase):
+    def test_learned_merges(self):
+        merges = data.learn_merges(["low low low lower newest newest"])
+        text = "#version: 0.2\n" + "\n".join(map(" ".join, merges))
+        tokenizer = data.Tokenizer(text.encode())
+        self.assertEqual(len(tokenizer.encode("low newest lower")), 3)
+        self.assertEqual(len(tokenizer.encode("low  NEWEST\tlower")), 3)
+        self.assertGreater(len(tokenizer.encode("unseen ²")), 2)
+        self.assertEqual(tokenizer(["low"], 4).tolist()[0][0], tokenizer.size - 2)
+
+    def test_broken_vocabularies(self):
+        place = folder(self)
+        for content in (b"", b"no header\na b\n", b"#version\none\n", b"\x1f\x8bnot gzip", b"\xff"):
+            (place / "v").write_bytes(content)
+            with self.assertRaisesRegex(data.DataError, "not a BPE vocabulary"):
+                data.Tokenizer(place / "v")
+
+
+class Letterbox(unittest.TestCase):
+    def test_a_mask_survives_the_way_there_and_back(self):
+        for width, height in ((640, 480), (480, 640), (1000, 200), (150, 900), (448, 448), (40, 30),
+                              (33, 57), (2000, 1333)):
+            y, x = np.mgrid[:height, :width]
+            mask = ((x / width - 0.55) ** 2 + (y / height - 0.45) ** 2 < 0.09) | (
+                (x < width * 0.2) & (y > height * 0.7))
+            square = data.letterbox(Image.fromarray(mask.astype(np.uint8) * 255), 448)
+            self.assertEqual(square.size, (448, 448))
+            back = data.unletterbox(data.to_tensor(square)[0] / 255, width, height).numpy() > 0.5
+            self.assertEqual(back.shape, mask.shape)
+            iou = (back & mask).sum() / (back | mask).sum()
+            self.assertGreater(iou, 0.98, (width, height))
+
+    def test_borders(self):
+        square = np.array(data.letterbox(Image.new("RGB", (100, 50), "white"), 80))
+        self.assertTrue((square[:20] == data.MEAN_COLOUR).all())
+        self.assertTrue((square[20:60] == 255).all())
+        self.assertTrue((square[60:] == data.MEAN_COLOUR).all())
+        normal = data.normalise(data.to_tensor(square)[None])
+        self.assertLess(float(normal[:, :, :20].abs().max()), 0.01)
+
+    def test_extreme_photos_keep_a_pixel(self):
+        self.assertEqual(data.letterbox_box(5000, 3, 448), (0, 223, 448, 1))
+        self.assertEqual(data.unletterbox(torch.rand(448, 448), 5000, 3).shape, (3, 5000))
+
+
+class Refer(unittest.TestCase):
+    """A REFER data set with everything that real ones have."""
+
+    def setUp(self):
+        self.data = folder(self)
+        photos = self.data / "images" / "train2014"
+        photos.mkdir(parents=True)
+        (self.data / "refcoco").mkdir()
+        noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        photo = Image.fromarray(noise)
+        exif = Image.Exif()
+        exif[0x0112] = 6                        # "turn me by 90 degrees"
+        self.kinds = {1: photo, 2: photo.convert("L"), 3: photo.convert("CMYK"), 4: photo}
+        for i, image in self.kinds.items():
+            image.save(photos / f"COCO_train2014_{i:012d}.jpg", exif=exif if i == 4 else b"")
+        photo.convert("P").save(photos / "COCO_train2014_000000000005.png")
+        stripe = np.zeros((60, 80), np.uint8)
+        stripe[:, 7] = 1
+        self.truth = {
+            11: ("polygons", [[10, 10, 30, 10, 30, 40, 10, 40]], 1),
+            12: ("two parts", [[0, 0, 10, 0, 10, 10, 0, 10], [50, 20, 60, 20, 60, 50, 50, 50]], 1),
+            13: ("uncompressed RLE", data.run_lengths(stripe), 2),
+            14: ("compressed RLE", self.compressed(stripe), 3),
+            15: ("turned photo", [[0, 0, 80, 0, 80, 20, 0, 20]], 4),
+            16: ("one pixel wide", [[5, 0, 6, 0, 6, 60, 5, 60]], 5),
+            17: ("a spare line in it", [[1, 1, 2, 2], [20, 20, 40, 20, 40, 40, 20, 40]], 2)}
+        self.instances = {
+            "images": [{"id": i, "width": 80, "height": 60, "file_name":
+                        f"COCO_train2014_{i:012d}.{'png' if i == 5 else 'jpg'}"}
+                       for i in range(1, 6)],
+            "annotations": [{"id": a, "image_id": i, "segmentation": s, "category_id": 1}
+                            for a, (_, s, i) in self.truth.items()],
+            "categories": [{"id": 1, "name": "thing"}]}
+        self.refs = [{"ref_id": a + 100, "ann_id": a, "image_id": i, "category_id": 1,
+                      "split": "val" if a == 17 else "train",
+                      "file_name": f"COCO_train2014_{i:012d}_{a}.jpg",
+                      "sentences": [{"sent": name, "sent_id": a, "raw": name, "tokens": [name]},
+                                    {"sent": "it", "sent_id": a + 50, "raw": "it",
+                                     "tokens": ["it"]}]}
+                     for a, (name, _, i) in self.truth.items()]
+        self.write()
+        self.tokenizer = data.Tokenizer(b"#version: 0.2\n")
+
+    @staticmethod
+    def compressed(mask):
+        rle = data.pycocotools.mask.encode(np.asfortranarray(mask))
+        return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+    def write(self):
+        data.read_refs.cache_clear()
+        with open(self.data / "refcoco" / "refs(unc).p", "wb") as file:
+            pickle.dump(self.refs, file, protocol=2)
+        with open(self.data / "refcoco" / "instances.json", "w") as file:
+            json.dump(self.instances, file)
+
+    def areas(self):
+        refs = data.read_split(self.data, "refcoco", "train")[0]
+        return {ref.id - 100: int(data.decode_mask(ref).sum()) for ref in refs}
+
+    def test_masks(self):
+        self.assertEqual(self.areas(), {11: 600, 12: 400, 13: 60, 14: 60, 15: 1600, 16: 60})
+        spare = data.read_split(self.data, "refcoco", "val")[0][0]
+        self.assertEqual(int(data.decode_mask(spare).sum()), 400)
+
+    def test_photos_of_every_kind(self):
+        for i, kind in self.kinds.items():
+            path = self.data / "images" / "train2014" / f"COCO_train2014_{i:012d}.jpg"
+            photo = data.read_photo(path)
+            self.assertEqual((photo.mode, photo.size), ("RGB", (80, 60)), kind.mode)
+        turned = np.asarray(data.read_photo(path)).astype(int)       # EXIF is not applied
+        upright = np.asarray(data.read_photo(path.with_name("COCO_train2014_000000000001.jpg")))
+        self.assertLess(np.abs(turned - upright).mean(), 1)
+        self.assertEqual(data.read_photo(path.with_name("COCO_train2014_000000000005.png")).mode,
+                         "RGB")
+
+    def test_samples_depend_on_seed_epoch_and_index_alone(self):
+        refs = data.read_split(self.data, "refcoco", "train")[0]
+        make = lambda seed: data.TrainSet(refs, self.tokenizer, 64, 17, seed)    # noqa: E731
+        sample = make(0)[1, 0]
+        self.assertEqual(sample["image"].shape, (3, 64, 64))
+        self.assertEqual(sample["image"].dtype, torch.uint8)
+        self.assertEqual(sample["mask"].shape, (1, 64, 64))
+        drawn = [[make(seed)[epoch, i]["tokens"].tolist() for i in range(6)]
+                 for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))]
+        self.assertEqual(drawn[0], drawn[1])
+        self.assertNotEqual(drawn[0], drawn[2])
+        self.assertNotEqual(drawn[0], drawn[3])
+
+    def test_every_expression_is_evaluated_once(self):
+        refs = data.read_split(self.data, "refcoco", "train")[0]
+        expressions = data.ExpressionSet(refs, self.tokenizer, 64, 17)
+        self.assertEqual(len(expressions), 12)
+        self.assertEqual(expressions[2]["mask"].shape, (60, 80))
+        self.assertEqual([expressions[i]["index"] for i in range(12)], list(range(12)))
+
+    def test_a_pickle_as_python_2_wrote_it(self):
+        """Protocol 0, byte strings and unicode strings, long integers."""
+        text = (b"(lp0\n(dp1\nS'ref_id'\np2\nI1\nsS'ann_id'\nL11L\nsS'image_id'\nI1\nsS'split'\n"
+                b"S'train'\nsS'file_name'\nS'x_11.jpg'\nsS'sentences'\n(lp3\n(dp4\nS'sent'\n"
+                b"Vcaf\\u00e9\nsS'tokens'\n(lp5\nS'caf\\xc3\\xa9'\naS'cafe'\nasasa.")
+        (self.data / "refcoco" / "refs(unc).p").write_bytes(text)
+        ref, = data.read_split(self.data, "refcoco", "train")[0]
+        self.assertEqual((ref.id, ref.sentences), (1, ("café",)))
+
+    def test_a_pickle_runs_no_code(self):
+        path = self.data / "refcoco" / "refs(unc).p"
+        path.write_bytes(pickle.dumps([Harm(self.data / "harmed")], protocol=2))
+        with self.assertRaisesRegex(data.DataError, r"refs\(unc\)\.p: it asks for \w+\.mkdir"):
+            data.read_split(self.data, "refcoco", "train")
+        self.assertFalse((self.data / "harmed").exists())
+
+    def test_broken_entries_are_named_or_left_out(self):
+        good = json.dumps(self.instances)
+        for change, message in (
+                (lambda r, i: r[0].update(ann_id=999), "annotation 999 is not in"),
+                (lambda r, i: r[0].update(image_id=999), "image 999 is not in"),
+                (lambda r, i: r[0].pop("sentences"), "no 'sentences'"),
+                (lambda r, i: r[0].update(sentences=[]), "an expression is empty"),
+                (lambda r, i: r[0]["sentences"][0].update(sent=" &nbsp; "), "expression is empty"),
+                (lambda r, i: r[0].update(split=3), "the split is no name"),
+                (lambda r, i: r.insert(0, "a ref"), "not a ref"),
+                (lambda r, i: i["annotations"][0].update(segmentation=[]), "has no mask"),
+                (lambda r, i: i["images"][0].update(width=-80), "a size of -80x60"),
+                (lambda r, i: i["images"][0].update(file_name="../../x.jpg"), "leads out"),
+                (lambda r, i: i["images"][0].update(file_name="gone.jpg"), "gone.jpg is missing")):
+            refs = pickle.loads(pickle.dumps(self.refs))
+            self.instances = json.loads(good)
+            original = self.refs
+            change(refs, self.instances)
+            self.refs = refs
+            self.write()
+            with self.subTest(message):
+                with self.assertRaisesRegex(data.DataError, f"entry 0: .*{message}"):
+                    data.read_split(self.data, "refcoco", "train")
+                left, skipped = data.read_split(self.data, "refcoco", "train", skip_broken=True)
+                self.assertGreaterEqual(skipped, 1)
+                self.assertGreaterEqual(len(left), 4)
+            self.refs = original
+
+    def test_broken_masks_are_refused(self):
+        ref = data.read_split(self.data, "refcoco", "train")[0][0]
+        for segmentation in (
+                [[1, 1, 2, 2]], [[1, 1, 2, 2, 3]], [["a"] * 6], [[math.nan] * 6], [5], "poly", 7,
+                [[-9, -9, -5, -9, -5, -5]], {"size": [60, 80]}, {"size": [80, 60], "counts": [4800]},
+                {"size": [60, 80], "counts": [4000]}, {"size": [60, 80], "counts": [4800]},
+                {"size": [60, 80], "counts": [-1, 4801]}, {"size": 3, "counts": [4800]}):
+            with self.subTest(segmentation), self.assertRaisesRegex(
+                    data.DataError, "ref 111 of .*unusable segmentation"):
+                data.decode_mask(ref._replace(segmentation=segmentation))
+
+    def test_broken_photos_are_refused(self):
+        place = folder(self)
+        whole = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(whole, "JPEG")
+        for name, content in (("cut.jpg", whole.getvalue()[:300]), ("text.jpg", b"not a photo"),
+                              ("empty.jpg", b"")):
+            (place / name).write_bytes(content)
+            with self.subTest(name), self.assertRaisesRegex(data.DataError, name):
+                data.read_photo(place / name)
+        with self.assertRaisesRegex(data.DataError, "no such image"):
+            data.read_photo(place / "gone.jpg")
+        Image.new("1", (20_000, 10_000)).save(place / "huge.png")
+        with self.assertRaisesRegex(data.DataError, "huge.png"):
+            data.read_photo(place / "huge.png")
+
+    def test_broken_photos_can_be_skipped(self):
+        path = self.data / "images" / "train2014" / "COCO_train2014_000000000001.jpg"
+        path.write_bytes(path.read_bytes()[:200])
+        refs = data.read_split(self.data, "refcoco", "train")[0]
+        for skip in (True, False):
+            train_set = data.TrainSet(refs, self.tokenizer, 64, 17, skip_broken=skip)
+            expressions = data.ExpressionSet(refs, self.tokenizer, 64, 17, skip_broken=skip)
+            if skip:
+                self.assertEqual([train_set[1, i]["skipped"] for i in range(4)], [2, 1, 0, 0])
+                self.assertEqual([expressions[i] is None for i in range(6)], [True] * 4 + [False] * 2)
+            else:
+                for dataset, place in ((train_set, (1, 0)), (expressions, 0)):
+                    with self.assertRaisesRegex(data.DataError, "broken image"):
+                        dataset[place]
+
+    def test_mixed_leaves_out_photos_of_val_and_test(self):
+        for name, split_by in (("refcoco+", "unc"), ("refcocog", "umd")):
+            (self.data / name).mkdir()
+            (self.data / name / "instances.json").write_text(json.dumps(self.instances))
+            refs = [{**ref, "split": "test" if ref["image_id"] == 3 and name == "refcocog"
+                     else "train"} for ref in self.refs]
+            with open(self.data / name / f"refs({split_by}).p", "wb") as file:
+                pickle.dump(refs, file)
+        clean = data.read_split(self.data, "mixed", "train")[0]
+        self.assertEqual({ref.image_id for ref in clean}, {1, 4, 5})      # 2 is val, 3 is test
+        self.assertEqual(len(clean), 3 * 4)
+        leaky = data.read_split(self.data, "mixed", "train", keep_leaks=True)[0]
+        self.assertEqual(len(leaky), 6 + 7 + 6)
+        self.assertEqual(set(data.held_out_splits(self.data, "mixed")), {"val", "test"})
+
+    def test_what_is_missing_is_said(self):
+        with self.assertRaisesRegex(data.DataError, "no such data folder"):
+            data.read_split(self.data / "no", "refcoco", "train")
+        with self.assertRaisesRegex(data.DataError, "no data set 'refcocog-umd'.*found: refcoco;"):
+            data.read_split(self.data, "refcocog-umd", "train")
+        with self.assertRaisesRegex(data.DataError, "no split 'testA'; found: train, val"):
+            data.read_split(self.data, "refcoco", "testA")
+        (self.data / "refcoco").rename(self.data / "mine")
+        data.read_refs.cache_clear()
+        with self.assertRaises(data.DataError):
+            data.read_split(self.data, "refcoco", "train")
+        self.assertEqual(len(data.read_split(self.data, "mine", "train")[0]), 6)
+        path = self.data / "mine" / "refs(unc).p"
+        path.with_name("refs(other).p").write_bytes(path.read_bytes())
+        data.read_refs.cache_clear()
+        with self.assertRaisesRegex(data.DataError, "mine-other, mine-unc"):
+            data.read_split(self.data, "mine", "train")
+        self.assertEqual(len(data.read_split(self.data, "mine-other", "train")[0]), 6)
+
+    def test_check_prints_a_table(self):
+        status, out, _ = program(data, "check", self.data)
+        self.assertEqual(status, 0)
+        self.assertIn("| refcoco | train | 6 | 42,404 | 12 | 120,624 | differs |", out)
+
+
+class Drawn(unittest.TestCase):
+    def test_an_expression_means_one_figure(self):
+        """Reads the expressions back, word by word, and looks for what they can mean."""
+        def look(words, figures):
+            for word in words:
+                figures = [f for f in figures if word in (f.kind, f.colour, f.size, "shape")]
+                if word == "shape":
+                    break
+            return figures
+
+        def meaning(text, figures):
+            for relation, (dx, dy) in data.RELATIONS.items():
+                if f" {relation} the " in text:
+                    left, right = text.split(f" {relation} the ")
+                    anchor, = look(right.split(), figures)
+                    return [f for f in look(left.split()[1:], figures) if f is not anchor
+                            and (f.x - anchor.x) * dx + (f.y - anchor.y) * dy > 0]
+            words = text.split()[1:]
+            if words[0] in data.EXTREMES:
+                dx, dy = data.EXTREMES[words[0]]
+                return [max(look(words[1:], figures), key=lambda f: f.x * dx + f.y * dy)]
+            return look(words, figures)
+
+        read = [0, 0, 0]
+        for seed in range(150):
+            figures = data.invent_figures(random.Random(seed), 64, 48)
+            for figure in figures:
+                for way, texts in enumerate(data.expressions(figure, figures, margin=4)):
+                    read[way] += len(texts)
+                    for text in texts:
+                        if meaning(text, figures) != [figure]:
+                            self.fail(f"{text!r} in {figures}")
+        self.assertGreater(min(read), 500)
+
+    def test_the_same_seed_draws_the_same(self):
+        a, b, c = (data.draw_shapes(folder(self), {"train": 6, "val": 2}, seed) for seed in (0, 0, 1))
+        for name in ("instances.json", "refs(shapes).p", "images/shapes_val_000007.jpg"):
+            self.assertEqual((a / name).read_bytes(), (b / name).read_bytes())
+            self.assertNotEqual((a / name).read_bytes(), (c / name).read_bytes())
+
+    def test_layout(self):
+        place = folder(self)
+        data.draw_shapes(place, {"train": 30, "val": 4, "test": 3})
+        splits, skipped = data.read_refs(place, "shapes")
+        self.assertEqual((set(splits), skipped), ({"train", "val", "test"}, 0))
+        segmentations = {type(ref.segmentation) for ref in splits["train"]}
+        self.assertEqual(segmentations, {list, dict})
+        self.assertTrue(all(data.decode_mask(ref).sum() > 20 for ref in splits["train"]))
+        self.assertLessEqual(data.Tokenizer(place / "shapes" / "merges.txt").size,
+                             backbones.TEXT["small"].vocabulary)
+        self.assertEqual(program(data, "shapes", place)[0], 2)          # never drawn over
+
+
+class Metrics(unittest.TestCase):
+    def test_by_hand(self):
+        table = np.array([[0, 1, 2], [1, 3, 4], [2, 95, 100], [3, 0, 10]])
+        found = evaluate.metrics(table)
+        self.assertAlmostEqual(found["miou"], 100 * (0.5 + 0.75 + 0.95 + 0) / 4)
+        self.assertAlmostEqual(found["oiou"], 100 * 99 / 116)
+        self.assertEqual([found[f"p{p}"] for p in (50, 60, 70, 80, 90)], [50, 50, 50, 25, 25])
+        self.assertEqual(found["expressions"], 4)
+
+    def test_shared_batches_are_the_same_batches(self):
+        for batch, world, micro in ((8, 1, 8), (8, 2, 4), (8, 2, 2), (8, 4, 2)):
+            shares = [list(train.GlobalBatches(37, batch, micro, rank, world, seed=3))
+                      for rank in range(world)]
+            self.assertEqual({len(share) for share in shares}, {4 * batch // world // micro})
+            pieces = batch // world // micro
+            seen = [[place for share in shares for piece in share[i * pieces:(i + 1) * pieces]
+                     for place in piece] for i in range(4)]
+            whole = list(train.GlobalBatches(37, batch, batch, 0, 1, seed=3))
+            self.assertEqual(seen, whole)
+
+
+class Runs(unittest.TestCase):
+    """The programs, as a user starts them, on a few drawn scenes."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place = tempfile.TemporaryDirectory()
+        cls.root = Path(cls.place.name)
+        data.draw_shapes(cls.root / "data", TINY)
+        cls.small = [*SMALL_RUN, "--data", cls.root / "data"]
+        cls.first = program(train, *cls.small, "--out", cls.root / "first")
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.place.cleanup()
+
+    def log(self, name):
+        return [json.loads(line) for line in (self.root / name / "log.jsonl").open()]
+
+    def test_a_run_leaves_what_it_should(self):
+        status, out, err = self.first
+        self.assertEqual(status, 0, err)
+        names = {path.name for path in (self.root / "first").iterdir()
+                 if not path.name.startswith("events.")}
+        self.assertEqual(names, {"log.jsonl", "last.pt", "best.pt", "val.png", "curves.png"})
+        rows = self.log("first")
+        self.assertEqual([row["epoch"] for row in rows], [1, 2])
+        self.assertEqual([row["lr"] for row in rows], [5e-4, 5e-5])
+        self.assertEqual(set(rows[0]), {"epoch", "loss", "lr", "miou", "oiou", "p50",
+                                        "images_per_s", "peak_memory_gb", "seconds"})
+        for name in ("val.png", "curves.png"):
+            with Image.open(self.root / "first" / name) as picture:
+                self.assertGreater(np.asarray(picture).std(), 5)
+
+    def test_evaluation_finds_the_logged_figures(self):
+        out = self.root / "figures.json"
+        ckpt = self.root / "first" / "last.pt"
+        status, printed, err = program(evaluate, "--ckpt", ckpt, "--data", self.root / "data",
+                                       "--split", "val", "test", "--json", out, "--batch-size", 8,
+                                       "--panel", self.root / "panel.png")
+        self.assertEqual(status, 0, err)
+        figures = json.loads(out.read_text())[str(ckpt)]
+        self.assertEqual(set(figures), {"val", "test"})
+        row = self.log("first")[-1]
+        for key in ("miou", "oiou", "p50"):
+            self.assertEqual(figures["val"][key], row[key])
+        self.assertIn("mIoU", printed)
+        self.assertEqual(printed.count("last.pt"), 2)
+        self.assertTrue((self.root / "panel.png").exists())
+
+    def test_one_photo(self):
+        photo = self.root / "photo.png"
+        Image.new("RGB", (123, 77), "white").save(photo)
+        status, out, err = program(evaluate, "--ckpt", self.root / "first" / "best.pt", "--image",
+                                   photo, "--text", "the red circle", "--output",
+                                   self.root / "out.jpg")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(Image.open(self.root / "out.jpg").size, (123, 77))
+        mask = Image.open(self.root / "out-mask.png")
+        self.assertEqual((mask.size, mask.mode), ((123, 77), "L"))
+        self.assertLessEqual(set(np.unique(np.asarray(mask)).tolist()), {0, 255})
+
+    def test_a_resumed_run_is_the_undisturbed_run(self):
+        out = self.root / "resumed"
+        saved, save = [], model.save
+
+        def save_twice_then_stop(path, *args, **kwargs):
+            save(path, *args, **kwargs)
+            saved.append(path)
+            if Path(path).name == "last.pt":
+                raise KeyboardInterrupt
+        with mock.patch.object(model, "save", save_twice_then_stop):
+            self.assertEqual(program(train, *self.small, "--out", out)[0], 130)
+        self.assertEqual(len(self.log("resumed")), 1)
+        status, _, err = program(train, *self.small, "--out", out, "--resume")
+        self.assertEqual(status, 0, err)
+        a, b = (model.read_checkpoint(self.root / name / "last.pt")["tensors"]
+                for name in ("first", "resumed"))
+        self.assertTrue(all(torch.equal(a[name], b[name]) for name in a))
+        for x, y in zip(self.log("first"), self.log("resumed")):
+            self.assertEqual((x["epoch"], x["loss"], x["miou"]), (y["epoch"], y["loss"], y["miou"]))
+
+    def test_accumulated_gradients_take_the_same_steps(self):
+        """In pieces of 4 the batch statistics differ, so only the number of steps is compared."""
+        status, _, err = program(train, *self.small, "--out", self.root / "pieces", "--epochs", "1",
+                                 "--micro-batch", "4")
+        self.assertEqual(status, 0, err)
+        steps = [next(iter(model.read_checkpoint(self.root / name / "last.pt")["optimizer"]["state"]
+                           .values()))["step"].item() for name in ("pieces", "first")]
+        self.assertEqual(2 * steps[0], steps[1])
+
+    def test_two_processes_train_as_one(self):
+        out = self.root / "two"
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             HERE / "train.py", *self.small, "--out", out], check=True, capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for one, two in zip(self.log("first"), self.log("two")):
+            self.assertAlmostEqual(one["loss"], two["loss"], delta=1e-4)
+            self.assertAlmostEqual(one["miou"], two["miou"], delta=0.2)
+        a, b = (model.read_checkpoint(self.root / name / "last.pt")["tensors"]
+                for name in ("first", "two"))
+        self.assertEqual(a.keys(), b.keys())
+        means = [n for n in a if n.endswith("running_var")]
+        for name in means:
+            self.assertTrue(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-4), name)
+        # Weights as two processes left them, figures as one process finds them.
+        figures = self.root / "two.json"
+        program(evaluate, "--ckpt", out / "last.pt", "--data", self.root / "data", "--split", "val",
+                "--json", figures, "--batch-size", 8)
+        found = json.loads(figures.read_text())[str(out / "last.pt")]["val"]
+        for key in ("miou", "oiou", "p50"):
+            self.assertEqual(found[key], self.log("two")[-1][key])
+
+    def test_a_second_run_has_its_own_folder_and_draws_nothing(self):
+        with contextlib.chdir(folder(self)), mock.patch.object(data, "draw_shapes") as draw:
+            for _ in range(2):
+                status, _, err = program(train, *self.small, "--epochs", "1")
+                self.assertEqual(status, 0, err)
+            draw.assert_not_called()
+            self.assertTrue(Path("runs/shapes/last.pt").exists())
+            self.assertTrue(Path("runs/shapes-2/last.pt").exists())
+
+    def test_bad_input_gets_one_line_and_status_2(self):
+        place, best = folder(self), self.root / "first" / "best.pt"
+        (place / "file").write_text("x")
+        (place / "cut.pt").write_bytes(best.read_bytes()[:4000])
+        (place / "photo.jpg").write_bytes(b"no photo")
+        drawn = ["--data", self.root / "data"]
+        photo = ["--image", place / "photo.jpg", "--text", "a", "--output", place / "o.png"]
+        real = ["--preset", "dcris-b", *drawn, "--out", place / "o"]
+        for module, arguments, message in (
+                (train, ["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no",
+                         "--out", place / "o"], "bpe_simple_vocab|no such data folder"),
+                (train, real, "published as|bpe_simple_vocab"),
+                (train, [*drawn, "--out", self.root / "first"], "holds a run already; --resume"),
+                (train, [*drawn, "--out", place / "o", "--resume"], "no run to resume"),
+                (train, [*drawn, "--out", place / "file"], "file"),
+                (train, [*self.small, "--out", self.root / "first", "--resume", "--lr", "1"],
+                 "another run: lr 0.0005 there, 1.0 here"),
+                (train, [*drawn, "--out", place / "o", "--image-size", "65"], "no multiple"),
+                (train, [*drawn, "--out", place / "o", "--visual-adapter-layers", "1", "9"],
+                 "the tower has 4 blocks"),
+                (train, [*drawn, "--out", place / "o", "--micro-batch", "5"], "does not divide"),
+                (train, [*drawn, "--out", place / "o", "--batch-size", "9999"], "refs"),
+                (train, [*drawn, "--out", place / "o", "--dataset", "cats"], "'cats'"),
+                (evaluate, ["--ckpt", place / "cut.pt", *drawn], "cut.pt: not a readable"),
+                (evaluate, ["--ckpt", place / "no.pt"], "no.pt: no such checkpoint"),
+                (evaluate, ["--ckpt", place / "photo.jpg", *drawn], "photo.jpg: not a readable"),
+                (evaluate, ["--ckpt", best, *drawn, "--split", "testC"], "no split 'testC'; found"),
+                (evaluate, ["--ckpt", best, "--data", place], "no data set 'shapes'"),
+                (evaluate, ["--ckpt", best, *photo], "photo.jpg: not an image"),
+                (data, ["check", place], "no folder with an instances.json")):
+            with self.subTest(arguments=arguments):
+                status, out, err = program(module, *arguments)
+                self.assertEqual((status, out), (2, ""), err)
+                lines = [line for line in err.splitlines() if line.strip()]
+                self.assertEqual(len(lines), 1, err)
+                self.assertRegex(lines[0], message)
+        self.assertFalse((place / "o.png").exists())
+
+    def test_empty_words(self):
+        photo = self.root / "white.png"
+        Image.new("RGB", (50, 50), "white").save(photo)
+        status, _, err = program(evaluate, "--ckpt", self.root / "first" / "best.pt", "--image",
+                                 photo, "--text", " &nbsp; ", "--output", self.root / "e.png")
+        self.assertEqual(status, 2)
+        self.assertIn("the expression is empty", err)
+        self.assertFalse((self.root / "e.png").exists())
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2, warnings="ignore")    # other packages' deprecations
