@@ -29,14 +29,12 @@ class TextAdapter(nn.Module):
         return x + SCALE * self.up(self.down(x).relu())
 
 
-class ConvBNReLU(nn.Sequential):
-    """The adapter's convolution: with bias, then BatchNorm (eps 1e-3) and ReLU, size kept."""
-
-    def __init__(self, channels, out_channels, kernel):
-        super().__init__(
-            nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2),
-            nn.BatchNorm2d(out_channels, eps=1e-3),
-            nn.ReLU())
+def conv_bn_relu(channels, out_channels, kernel):
+    """A convolution that keeps the size. Unlike the head's: with bias, and eps 1e-3."""
+    return nn.Sequential(
+        nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2),
+        nn.BatchNorm2d(out_channels, eps=1e-3),
+        nn.ReLU())
 
 
 class DenseConvolutions(nn.Module):
@@ -49,11 +47,11 @@ class DenseConvolutions(nn.Module):
     def __init__(self, rank):
         super().__init__()
         half, quarter, thin = rank // 2, rank // 4, rank // 16
-        self.branch1 = ConvBNReLU(rank, half, 1)
+        self.branch1 = conv_bn_relu(rank, half, 1)
         self.branch2 = nn.Sequential(
-            ConvBNReLU(rank + half, thin, 1), ConvBNReLU(thin, quarter, 3))
+            conv_bn_relu(rank + half, thin, 1), conv_bn_relu(thin, quarter, 3))
         self.branch3 = nn.Sequential(
-            ConvBNReLU(rank + half + quarter, thin, 1), ConvBNReLU(thin, quarter, 5))
+            conv_bn_relu(rank + half + quarter, thin, 1), conv_bn_relu(thin, quarter, 5))
 
     def forward(self, x):
         x1 = self.branch1(x)                                # (B, rank/2, h, w)

@@ -137,11 +137,11 @@ class TextShape:
 VISION = {
     "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
     "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
-    "small": VisionShape(8, 96, 5, 4, grid=10, registers=2),
+    "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
 }
 TEXT = {
     "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
-    "small": TextShape(96, 2, 4, embed=96, vocabulary=1024, positions=32),
+    "small": TextShape(96, 2, 3, embed=96, vocabulary=1024, positions=32),
 }
 
 
@@ -305,28 +305,19 @@ def unfreeze(tower):
 # ---------------------------------------------------------------------------------------------
 
 class Published(NamedTuple):
+    """A weight file: its name, and where it is to be had."""
     file: str
     address: str
-    sha256: Optional[str]
 
 
-CLIP_B = Published(
-    "ViT-B-16.pt",
-    "https://openaipublic.azureedge.net/clip/models/"
-    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f")
-DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"
-PUBLISHED = {
-    "dinov2-b": Published("dinov2_vitb14_reg4_pretrain.pth",
-                          DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None),
-    "dinov2-l": Published("dinov2_vitl14_reg4_pretrain.pth",
-                          DINOV2 + "dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None),
-    "clip-b": CLIP_B,
-    "vocabulary": Published(
-        "bpe_simple_vocab_16e6.txt.gz",
-        "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
-}
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address) for name, address in {
+    "dinov2-b": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+    "dinov2-l": f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
+    "clip-b": "https://openaipublic.azureedge.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb8"
+              "4e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "vocabulary": "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+}.items()}
 
 # What a tensor is called here, as a regular expression, and in the published files.
 DINOV2_NAMES = [
@@ -428,7 +419,8 @@ def read_file(path):
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
             reason = "it holds more than tensors and plain values, which could run code"
-        raise WeightsError(f"{path}: not a readable weight file: {reason}; fetch it again") from None
+        raise WeightsError(f"{path}: not a readable weight file: {reason}; "
+                           f"fetch it again") from None
 
 
 def count_blocks(path, state, prefix):

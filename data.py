@@ -11,6 +11,7 @@ import argparse
 import functools
 import gzip
 import html
+import itertools
 import json
 import math
 import os
@@ -48,9 +49,9 @@ PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[a
 
 
 def clean(text):
-    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), white space folded."""
+    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), only plain spaces."""
     text = html.unescape(html.unescape(text)).strip()
-    return "".join(" " if is_space(c) else c for c in text).strip(" ").lower() if text else ""
+    return "".join(" " if is_space(c) else c for c in text).lower()
 
 
 def is_space(character):
@@ -123,12 +124,12 @@ class Tokenizer:
         self.ranks = {pair: i for i, pair in enumerate(pairs)}
         self.bytes = byte_symbols()
         self.size = len(vocabulary) + 2
-        self.piece_ids = functools.lru_cache(maxsize=1 << 16)(self.piece_ids)
+        self.known = {START: [self.ids[START]], END: [self.ids[END]]}      # piece -> ids
 
     def piece_ids(self, piece):
         """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
-        if piece in (START, END):
-            return [self.ids[piece]]
+        if piece in self.known:
+            return self.known[piece]
         word = tuple(self.bytes[b] for b in piece.encode("utf-8", errors="replace"))
         word = (*word[:-1], word[-1] + "</w>")
         while len(word) > 1:
@@ -136,7 +137,8 @@ class Tokenizer:
             if pair not in self.ranks:
                 break
             word = merge_pair(word, pair)
-        return [self.ids[symbol] for symbol in word]
+        self.known[piece] = [self.ids[symbol] for symbol in word]
+        return self.known[piece]
 
     def encode(self, text):
         """The ids of a text of any length, without start and end."""
@@ -213,10 +215,10 @@ def letterbox(image, size):
     return square
 
 
-def unletterbox(maps, width, height):
+def unletterbox(square, width, height):
     """A square map (S, S) back at the photo's own size (height, width): borders off, bicubic."""
-    left, top, inner_width, inner_height = letterbox_box(width, height, maps.shape[-1])
-    inner = maps[top:top + inner_height, left:left + inner_width]
+    left, top, inner_width, inner_height = letterbox_box(width, height, square.shape[-1])
+    inner = square[top:top + inner_height, left:left + inner_width]
     return F.interpolate(inner[None, None].float(), (height, width), mode="bicubic")[0, 0]
 
 
@@ -224,24 +226,24 @@ def unletterbox(maps, width, height):
 # REFER data sets
 # ---------------------------------------------------------------------------------------------
 
-class Published(NamedTuple):
+class Sizes(NamedTuple):
     """How many refs and expressions the splits of a data set have."""
     refs: dict
     expressions: dict
 
 
 # Expressions of G-Ref as commonly reported; all else from the refer toolkit's files.
-PUBLISHED = {
-    "refcoco": Published(
+PUBLISHED_SIZES = {
+    "refcoco": Sizes(
         {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
         {"train": 120624, "val": 10834, "testA": 5657, "testB": 5095}),
-    "refcoco+": Published(
+    "refcoco+": Sizes(
         {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
         {"train": 120191, "val": 10758, "testA": 5726, "testB": 4889}),
-    "refcocog-umd": Published(
+    "refcocog-umd": Sizes(
         {"train": 42226, "val": 2573, "test": 5023},
         {"train": 80512, "val": 4896, "test": 9602}),
-    "refcocog-google": Published(
+    "refcocog-google": Sizes(
         {"train": 44822, "val": 5000}, {"train": 85474, "val": 9536}),
 }
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc"}        # where a folder holds several
@@ -395,7 +397,7 @@ def read_split(data, name, split, skip_broken=False, keep_leaks=False):
 
     `mixed` joins refcoco, refcoco+ and refcocog-umd. Their splits overlap, so its train leaves out
     every image that stands in a val or test split of any of the three; `keep_leaks` joins them as
-    they are, which is what the authors trained on.
+    they are, which is what the authors trained on. (G-Ref's google split is not looked at.)
     """
     parts = MIXED if name == "mixed" else (name,)
     joined, held_out, skipped, found = [], set(), 0, set()
@@ -413,11 +415,12 @@ def read_split(data, name, split, skip_broken=False, keep_leaks=False):
     return joined, skipped
 
 
-def held_out_splits(data, name):
+def held_out_splits(data, name, skip_broken=False):
     """The names of a data set's splits but for train, in the order of its refs file."""
-    names = {split: None for part in (MIXED if name == "mixed" else (name,))
-             for split in read_refs(data, part, skip_broken=True)[0]}
-    return [split for split in names if split != "train"]
+    names = [split for split in read_refs(data, name, skip_broken)[0] if split != "train"]
+    if not names:
+        raise DataError(f"{name} in {data} has no split but train; add --split train")
+    return names
 
 
 def decode_mask(ref):
@@ -530,8 +533,10 @@ class ExpressionSet(Dataset):
 
 COLOURS = {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
            "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)}
-SIZES = {"small": (0.11, 0.14), "large": (0.19, 0.24)}       # radius by the canvas's longer side
-KINDS = ("circle", "square", "triangle", "star")
+SIZES = {"small": (0.11, 0.135), "large": (0.18, 0.22)}      # radius by the canvas's longer side
+# Corners, radius (so that all kinds look equally large), and that of every second corner.
+KINDS = {"circle": (32, 1.0, 1.0), "square": (4, 1.15, 1.15), "triangle": (3, 1.35, 1.35),
+         "star": (10, 1.3, 0.65)}
 SCENES = {"train": 5000, "val": 150, "test": 150}
 CANVASES = ((64, 64), (64, 48), (48, 64), (64, 56), (56, 64))
 WAYS = (0.5, 0.3, 0.2)          # how often a figure is meant by its look, its place, a relation
@@ -543,45 +548,49 @@ class Figure(NamedTuple):
     size: str
     x: float
     y: float
+    reach: float                # radius of the circle around it, pixels
     points: list                # outline, pixels
 
 
 def outline(kind, x, y, radius, turn):
     """The corners of a figure around (x, y), turned by so many radians."""
-    count, inner = {"circle": (32, 1.0), "square": (4, 1.0), "triangle": (3, 1.0),
-                    "star": (10, 0.45)}[kind]
-    corners = [(2 * math.pi * i / count + turn, radius * (inner if i % 2 else 1.0))
-               for i in range(count)]
+    count, *radii = KINDS[kind]
+    corners = [(2 * math.pi * i / count + turn, radius * radii[i % 2]) for i in range(count)]
     return [(x + r * math.sin(angle), y - r * math.cos(angle)) for angle, r in corners]
 
 
 def invent_figures(rng, width, height):
     """Two to four figures that do not touch."""
-    figures, side = [], max(width, height)
-    for _ in range(rng.randint(2, 4)):
-        for _ in range(40):
-            size = rng.choice(list(SIZES))
-            radius = side * rng.uniform(*SIZES[size])
-            x, y = (rng.uniform(radius + 1, extent - radius - 1) for extent in (width, height))
-            if all(math.hypot(x - f.x, y - f.y) > radius + side * SIZES[f.size][1] + 1
-                   for f in figures):
-                kind, colour = rng.choice(KINDS), rng.choice(list(COLOURS))
-                turn = rng.uniform(-0.25, 0.25) + (math.pi / 4 if kind == "square" else 0)
-                points = outline(kind, x, y, radius, turn)
-                figures.append(Figure(kind, colour, size, x, y, points))
-                break
-    return figures
+    figures, side, number = [], max(width, height), rng.randint(2, 4)
+    for attempt in itertools.count(1):
+        kind, colour = rng.choice(list(KINDS)), rng.choice(list(COLOURS))
+        size = rng.choice(list(SIZES))
+        radius = side * rng.uniform(*SIZES[size])
+        reach = radius * KINDS[kind][1] + 1
+        x, y = (rng.uniform(reach, extent - reach) for extent in (width, height))
+        if all(math.hypot(x - f.x, y - f.y) > reach + f.reach for f in figures):
+            turn = rng.uniform(-0.25, 0.25) + (math.pi / 4 if kind == "square" else 0)
+            points = outline(kind, x, y, radius, turn)
+            figures.append(Figure(kind, colour, size, x, y, reach, points))
+        if len(figures) == number:
+            return figures
+        if attempt % 200 == 0:          # no room is left: begin again
+            figures.clear()
 
 
-def descriptions(figure):
-    """Phrases true of a figure, each with the test that it is true of another one."""
-    for size in ("", figure.size):
-        for colour in ("", figure.colour):
-            for kind in ("shape", figure.kind):
-                def fits(f, size=size, colour=colour, kind=kind):
-                    return ((not size or f.size == size) and (not colour or f.colour == colour)
-                            and (kind == "shape" or f.kind == kind))
-                yield " ".join(filter(None, (size, colour, kind))), fits
+def fits(figure, look):
+    """Whether a look, (size, colour, kind) with "" for any, is true of a figure."""
+    return all(wanted in ("", own) for wanted, own in
+               zip(look, (figure.size, figure.colour, figure.kind)))
+
+
+def looks_of(figure):
+    """All looks true of a figure."""
+    return itertools.product(("", figure.size), ("", figure.colour), ("", figure.kind))
+
+
+def phrase(look):
+    return " ".join(filter(None, (*look[:2], look[2] or "shape")))
 
 
 EXTREMES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
@@ -596,23 +605,20 @@ def expressions(figure, figures, margin):
     """
     looks, places, relations = [], [], []
     others = [f for f in figures if f is not figure]
-    anchors = [(phrase, f) for f in others for phrase, fits in descriptions(f)
-               if sum(map(fits, figures)) == 1]
-    for phrase, fits in descriptions(figure):
-        rivals = [f for f in others if fits(f)]
+    anchors = [(look, f) for f in others for look in looks_of(f)
+               if sum(fits(g, look) for g in figures) == 1]
+    for look in looks_of(figure):
+        rivals = [f for f in others if fits(f, look)]
         if not rivals:
-            looks.append(f"the {phrase}")
+            looks.append(f"the {phrase(look)}")
             continue
         for word, (dx, dy) in EXTREMES.items():
             if all((figure.x - f.x) * dx + (figure.y - f.y) * dy > margin for f in rivals):
-                places.append(f"the {word} {phrase}")
-        for word, (dx, dy) in RELATIONS.items():
-            for anchor, at in anchors:
-                def ahead(f, at=at, dx=dx, dy=dy):
-                    return (f.x - at.x) * dx + (f.y - at.y) * dy
-                if ahead(figure) > margin and at not in rivals and all(
-                        ahead(f) < -margin for f in rivals):
-                    relations.append(f"the {phrase} {word} the {anchor}")
+                places.append(f"the {word} {phrase(look)}")
+        for (word, (dx, dy)), (anchor, at) in itertools.product(RELATIONS.items(), anchors):
+            ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
+            if at not in rivals and ahead > margin and max(behind) < -margin:
+                relations.append(f"the {phrase(look)} {word} the {phrase(anchor)}")
     return looks, places, relations
 
 
@@ -663,6 +669,8 @@ def draw_shapes(data, scenes=SCENES, seed=0):
         merges = "\n".join(" ".join(pair) for pair in learn_merges(captions))
         (draft / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
         os.rename(draft, folder)
+    except OSError as error:
+        raise OSError(f"{folder}: could not be drawn: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
@@ -681,7 +689,7 @@ def draw_one(rng, image_id, split, folder, images, annotations, refs):
         mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([polygon], height, width))
         annotations.append({
             "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0,
-            "category_id": KINDS.index(figure.kind) + 1, "area": int(mask.sum()),
+            "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
             "segmentation": run_lengths(mask[..., 0]) if rng.random() < 0.25 else [polygon]})
         ways = expressions(figure, figures, margin=0.06 * max(width, height))
         if any(ways):
@@ -733,8 +741,8 @@ def check(data):
         for split_by in (file.name[5:-3] for file in files):
             plain = len(files) == 1 or SPLIT_BY.get(folder.name) == split_by
             name = folder.name if plain else f"{folder.name}-{split_by}"
-            splits, skipped = read_refs(data, name, skip_broken=True)
-            published = PUBLISHED.get(name, Published({}, {}))
+            splits, skipped = read_refs(data, name, True)
+            published = PUBLISHED_SIZES.get(name, Sizes({}, {}))
             for split, refs in splits.items():
                 counts = len(refs), sum(len(ref.sentences) for ref in refs)
                 expected = published.refs.get(split), published.expressions.get(split)

@@ -25,73 +25,20 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import backbones
 import data
 import model
 
 THRESHOLD = 0.35                    # of the probability, as in the authors' programs
 PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-# ---------------------------------------------------------------------------------------------
-# Processes, devices, errors: shared with train.py
-# ---------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def processes():
-    """Joins torchrun's processes, if it started us; yields rank, world size and device.
-
-    The device comes from the local rank, so several machines work; NCCL on GPUs, gloo on CPUs.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield rank, world, device
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
-
-
-def precision_type(precision, device):
-    """The type of mixed precision: None (single), bfloat16 or float16.
-
-    `auto` is bfloat16 where a GPU has it, float16 on older ones, single precision on CPUs.
-    """
-    if precision == "auto":
-        if device.type == "cpu":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def run(main):
-    """Runs a program; bad input becomes one line and exit status 2."""
-    try:
-        main()
-    except (backbones.WeightsError, model.ConfigError, data.DataError, OSError) as error:
-        # An error from a loader's worker brings the worker's traceback: its last line is the error.
-        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 # ---------------------------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------------------------
 
-def masks_at(net, images, tokens, device, dtype):
-    """Probability maps at the letterbox's size: uint8 (B, 3, S, S), ids (B, L) to (B, S, S)."""
+def probabilities(net, images, tokens, device, dtype):
+    """Images, uint8 (B, 3, S, S), and token ids (B, L) to probabilities (B, S, S), in [0, 1]."""
     with torch.inference_mode(), autocast(device, dtype):
         logits = net(data.normalise(images.to(device)), tokens.to(device))
     return torch.nn.functional.interpolate(
@@ -122,7 +69,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     for batch in tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0):
         if batch is None:
             continue
-        maps = masks_at(net, batch["image"], batch["tokens"], device, dtype)
+        maps = probabilities(net, batch["image"], batch["tokens"], device, dtype)
         for index, square, truth in zip(batch["index"], maps, batch["mask"]):
             truth = truth.to(device)
             predicted = data.unletterbox(square, *truth.shape[::-1]) > THRESHOLD
@@ -154,13 +101,13 @@ def table_row(*cells):
 # Pictures
 # ---------------------------------------------------------------------------------------------
 
-TINT = np.array([230, 40, 60])
+TINT = np.array([0, 190, 220])
 
 
 def tinted(photo, mask):
     """The photo with its mask (bool, same size) coloured, everything else a little paler."""
     pixels = np.asarray(photo).astype(np.float32)
-    shown = np.where(mask[..., None], 0.45 * pixels + 0.55 * TINT, 0.75 * pixels + 0.25 * 255)
+    shown = np.where(mask[..., None], 0.35 * pixels + 0.65 * TINT, 0.6 * pixels + 0.4 * 255)
     return Image.fromarray(shown.astype(np.uint8))
 
 
@@ -170,7 +117,7 @@ def predict(net, tokenizer, photo, text, device, dtype=None):
         raise data.DataError("the expression is empty; say which thing is meant")
     net.eval()
     image = data.to_tensor(data.letterbox(photo, net.config.image_size))
-    square = masks_at(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
+    square = probabilities(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
     return (data.unletterbox(square, *photo.size) > THRESHOLD).cpu().numpy()
 
 
@@ -248,11 +195,72 @@ def curves(log, width=420, height=260):
 
 def save_picture(picture, path):
     """Writes a PIL image; the kind of file goes by the name's ending."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
-        raise data.DataError(f"{path}: pictures are written as .png, .jpg, .webp, .bmp or .tiff")
     with model.replacing(path) as file:
-        picture.save(file, kind)
+        picture.save(file, PICTURES[Path(path).suffix.lower()])
+
+
+def check_outputs(pictures, others):
+    """DataError, before any work is done, for an output that could not be written."""
+    for path in (Path(path) for path in (*pictures, *others) if path is not None):
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise data.DataError(f"{path}: not a file in a folder that can be written to")
+    for path in pictures:
+        if path is not None and Path(path).suffix.lower() not in PICTURES:
+            raise data.DataError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes, devices, errors: shared with train.py
+# ---------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def processes():
+    """Joins torchrun's processes, if it started us; yields rank, world size and device.
+
+    The device comes from the local rank, so several machines work; NCCL on GPUs, gloo on CPUs.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank, world, device
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def precision_type(precision, device):
+    """The type of mixed precision: None (single), bfloat16 or float16.
+
+    `auto` is bfloat16 where a GPU has it, float16 on older ones, single precision on CPUs.
+    """
+    if precision == "auto":
+        if device.type == "cpu":
+            return None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def run(main):
+    """Runs a program; bad input becomes one line and exit status 2."""
+    try:
+        main()
+    except (model.WeightsError, model.ConfigError, data.DataError, OSError) as error:
+        # An error from a loader's worker brings the worker's traceback: its last line is the error.
+        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,7 +276,7 @@ def load_checkpoint(path, args, device):
         tokenizer = data.Tokenizer(vocabulary["text"].encode())
     else:
         tokenizer = data.Tokenizer(model.find_published("vocabulary", args.vocabulary))
-    return net, tokenizer, checkpoint.get("dataset")
+    return net, tokenizer, checkpoint.get("run", {}).get("dataset")
 
 
 def predict_one(args, device, dtype):
@@ -291,17 +299,21 @@ def evaluate_all(args, rank, world, device, dtype):
         name = args.dataset or trained_on
         if name is None:
             raise data.DataError(f"{path} does not say what it was trained on; add --dataset NAME")
-        splits = args.split or data.held_out_splits(args.data, name)
+        if name == "mixed":
+            raise data.DataError("mixed is for training; evaluate on one of its parts: --dataset "
+                                 + ", ".join(data.MIXED))
+        splits = args.split or data.held_out_splits(args.data, name, args.skip_broken)
         for place, split in enumerate(splits):
-            refs, _ = data.read_split(args.data, name, split, args.skip_broken)
+            refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
                                          net.config.length, args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
                              world, f"{name} {split}")
             results.setdefault(str(path), {})[split] = metrics(table)
-            if len(table) < len(dataset) and rank == 0:
-                print(f"{name} {split}: {len(dataset) - len(table)} expressions left out, their "
-                      f"photo or mask is broken", file=sys.stderr)
+            if (broken or len(table) < len(dataset)) and rank == 0:
+                print(f"{name}: {broken} broken entries left out of all splits, and of {split} "
+                      f"{len(dataset) - len(table)} expressions whose photo or mask is broken",
+                      file=sys.stderr)
             if args.panel and place == 0 and rank == 0:
                 save_picture(panel(net, dataset, device, dtype), args.panel)
     if rank == 0:
@@ -360,6 +372,7 @@ def main():
         parser.error("--panel shows a single --ckpt")
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size is at least 1, --workers at least 0")
+    check_outputs((args.panel, args.output), (args.json,))
     with processes() as (rank, world, device):
         dtype = precision_type(args.precision, device)
         if args.image is not None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 
 def conv_bn_relu(channels, out_channels, kernel=1):
+    """A convolution that keeps the size. Unlike the adapters': without bias, and eps 1e-5."""
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -57,11 +58,10 @@ class Neck(nn.Module):
         gated = [gate(project(x), sentence)
                  for x, project, gate in zip(features, self.maps, self.gates)]
         fused = self.fuse(torch.cat(gated, dim=1))                          # F_f, (B, width, h, w)
-        batch, _, rows, columns = fused.shape
-        y, x = torch.meshgrid(torch.linspace(-1, 1, rows, device=fused.device, dtype=fused.dtype),
-                              torch.linspace(-1, 1, columns, device=fused.device,
-                                             dtype=fused.dtype), indexing="ij")
-        place = torch.stack([x, y]).expand(batch, -1, -1, -1)               # F_coord
+        rows, columns = (torch.linspace(-1, 1, side, dtype=torch.float64)
+                         for side in fused.shape[-2:])
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        place = torch.stack([x, y]).to(fused).expand(len(fused), -1, -1, -1)    # F_coord
         out = self.coordinates(torch.cat([fused, place], dim=1))
         return out + fused if self.residual else out
 
@@ -83,7 +83,9 @@ def sine_positions_2d(rows, columns, width):
 class DecoderLayer(nn.Module):
     """Pre-norm self-attention, attention to the words, feed-forward.
 
-    Each attention's output passes a second LayerNorm before dropout and residual.
+    Each attention's output passes a second LayerNorm before dropout and residual. Maps x
+    (B, h*w, width) to the same shape; words (B, L, text_width); their positions are (h*w, width)
+    and (L, text_width); padding (B, L) is True where there is no word.
     """
 
     def __init__(self, width, text_width, heads, dropout):

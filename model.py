@@ -1,6 +1,6 @@
 """How a method wires two towers, its adapters and the head; the presets; saving and loading.
 
-    python model.py             the table of presets and their parameters, beside the papers' figures
+    python model.py             the presets and their parameters, beside the papers' figures
     python model.py --json      the same for programs
 
 `build(name)` makes a model, `load(path)` reads a checkpoint. A model maps images (B, 3, S, S),
@@ -20,7 +20,7 @@ import torch.nn as nn
 
 import backbones
 from adapters import DenseCrossAdapter, TextAdapter
-from backbones import Attached, WeightsError, after_end, freeze
+from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze
 from head import Head
 from loss import text_to_pixel_loss     # noqa: F401, the loss that every model here is trained with
 
@@ -36,8 +36,8 @@ class Config:
     """Everything that distinguishes one training run of a model from another."""
     # what is built
     method: str = "dcris"
-    vision: str = "dinov2-b"            # a name in backbones.VISION
-    text: str = "clip-b"                # a name in backbones.TEXT
+    vision: str = "dinov2-b"            # a name in VISION
+    text: str = "clip-b"                # a name in TEXT
     train_towers: bool = False          # the towers learn, too, instead of staying frozen
     image_size: int = 448               # side of the letterboxed photo, pixels
     length: int = 17                    # tokens per expression, both ends included
@@ -59,10 +59,10 @@ class Config:
 
 PRESETS = {
     "shapes": Config(
-        vision="small", text="small", train_towers=True, image_size=80, length=17,
-        visual_adapter_layers=(1, 3), visual_adapter_rank=32, text_adapter_layers=(0, 1),
-        text_adapter_rank=16, features=(1, 3), head_width=96, head_heads=4, head_layers=2,
-        dropout=0.0, batch_size=32, lr=5e-4, epochs=8, decay_epoch=6),
+        vision="small", text="small", train_towers=True, image_size=64,
+        visual_adapter_layers=(2,), visual_adapter_rank=32, text_adapter_layers=(1,),
+        text_adapter_rank=16, features=(1, 2), head_width=64, head_heads=2, head_layers=1,
+        dropout=0.0, batch_size=16, lr=7e-4, epochs=5, decay_epoch=4),
     "dcris-b": Config(),
     "dcris-l": Config(
         vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
@@ -100,12 +100,12 @@ class DCRIS(nn.Module):
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
-        words, sentence = self.read(tokens)
-        features = self.see(images, words)
+        words, sentence = self.text_branch(tokens)
+        features = self.image_branch(images, words)
         return self.head(features, words, sentence, after_end(tokens))
 
-    def read(self, tokens):
-        """The text branch: token ids (B, L) to words f_t (B, L, D) and sentence f_s (B, E)."""
+    def text_branch(self, tokens):
+        """Token ids (B, L) to words f_t (B, L, D) and sentence f_s (B, E)."""
         x = self.text.embed(tokens)
         for i, block in enumerate(self.text.blocks):
             attached = backbones.NOTHING
@@ -114,8 +114,8 @@ class DCRIS(nn.Module):
             x = block(x, attached)
         return self.text.final(x, tokens)
 
-    def see(self, images, words):
-        """The image branch: images and words to the three maps f_v (B, D, S/P, S/P)."""
+    def image_branch(self, images, words):
+        """Images and words to the three maps f_v (B, D, S/P, S/P)."""
         grid = self.vision.grid(images)
         x = self.vision.embed(images)
         features = []
@@ -151,13 +151,13 @@ def configure(name, **overrides):
 
 
 def check(config):
-    """ConfigError where a model cannot be built so."""
-    for field, table in (("method", METHODS), ("vision", backbones.VISION),
-                         ("text", backbones.TEXT)):
+    """Raises ConfigError, naming the field, for a configuration that no model can have."""
+    for field, table in (("method", METHODS), ("vision", VISION),
+                         ("text", TEXT)):
         if getattr(config, field) not in table:
             raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
                               f"there are {', '.join(table)}")
-    vision, text = backbones.VISION[config.vision], backbones.TEXT[config.text]
+    vision, text = VISION[config.vision], TEXT[config.text]
     for field in ("image_size", "length", "visual_adapter_rank", "text_adapter_rank", "head_width",
                   "head_heads", "head_layers", "batch_size", "lr", "epochs", "decay_epoch"):
         if not getattr(config, field) > 0:
@@ -201,8 +201,8 @@ def build(name, vision_weights=None, text_weights=None, **overrides):
 def assemble(config, vision_weights=None, text_weights=None):
     towers, sources = {}, {}
     for kind, path, tower_class, shapes, read in (
-            ("vision", vision_weights, backbones.ViT, backbones.VISION, backbones.load_vision),
-            ("text", text_weights, backbones.TextTransformer, backbones.TEXT,
+            ("vision", vision_weights, backbones.ViT, VISION, backbones.load_vision),
+            ("text", text_weights, backbones.TextTransformer, TEXT,
              backbones.load_text)):
         expected = shapes[getattr(config, kind)]
         if path is None:
@@ -230,13 +230,13 @@ def find_weights(config, vision_weights=None, text_weights=None):
     """
     found = []
     for name, path in ((config.vision, vision_weights), (config.text, text_weights)):
-        found.append(find_published(name, path) if name in backbones.PUBLISHED else path)
+        found.append(find_published(name, path) if name in PUBLISHED else path)
     return found
 
 
 def find_published(name, path=None):
     """`path`, or the file published under this name in `pretrained/`. FileNotFoundError."""
-    published = backbones.PUBLISHED[name]
+    published = PUBLISHED[name]
     path = Path(path) if path is not None else PRETRAINED / published.file
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {name} is published as {published.file} "
@@ -261,7 +261,10 @@ def tuned_tensors(model):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write that becomes `path` only once it is whole and on the disk."""
+    """A binary file to write that becomes `path` only once it is whole and on the disk.
+
+    OSError names `path`; whatever stood there before is then untouched.
+    """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -269,6 +272,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -277,16 +282,16 @@ def replacing(path):
 def save(path, model, **more):
     """Writes a checkpoint: configuration, the towers' file names and SHA-256, tuned tensors.
 
-    `more` is kept beside them (plain values and tensors). Raises OSError, e.g. for a full disk;
-    the file that stood there before is then untouched.
+    `more` is kept beside them (plain values and tensors). Raises OSError, as `replacing` does.
     """
     checkpoint = {"config": asdict(model.config), "towers": model.sources,
                   "tensors": tuned_tensors(model), **more}
     with replacing(path) as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:       # what PyTorch's writer makes of an OSError
-            raise OSError(f"{path}: could not be written, is the disk full? ({error})") from error
+        except RuntimeError as error:       # PyTorch's writer hides the OSError of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(
+                "is the disk full?") from error
 
 
 def read_checkpoint(path):

@@ -302,40 +302,44 @@ class Counts(unittest.TestCase):
         self.assertIn("| dcris-b | 150.01 | 2.69 | 2.69 |", program(model)[1])
 
 
+def dinov2_state(width=128, depth=2, patch=14, grid=5):
+    """Random tensors under the official names and in the official shapes."""
+    state = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid ** 2, width),
+             "register_tokens": (1, 4, width), "mask_token": (1, width),
+             "patch_embed.proj.weight": (width, 3, patch, patch),
+             "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,)}
+    for i in range(depth):
+        for name, shape in (("norm1", width), ("norm2", width),
+                            ("attn.qkv", (3 * width, width)), ("attn.proj", (width, width)),
+                            ("mlp.fc1", (4 * width, width)),
+                            ("mlp.fc2", (width, 4 * width))):
+            shape = shape if isinstance(shape, tuple) else (shape,)
+            state[f"blocks.{i}.{name}.weight"] = shape
+            state[f"blocks.{i}.{name}.bias"] = shape[:1]
+        state[f"blocks.{i}.ls1.gamma"] = state[f"blocks.{i}.ls2.gamma"] = (width,)
+    return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+
+
+def clip_state(width=128, depth=2):
+    """The same for OpenAI's CLIP, with a little of its vision tower."""
+    state = {"token_embedding.weight": (300, width), "positional_embedding": (77, width),
+             "text_projection": (width, 64), "ln_final.weight": (width,),
+             "ln_final.bias": (width,), "logit_scale": (), "visual.proj": (8, 4),
+             "visual.conv1.weight": (8, 3, 16, 16)}
+    for i in range(depth):
+        for name, shape in (("ln_1.", width), ("ln_2.", width),
+                            ("attn.in_proj_", (3 * width, width)),
+                            ("attn.out_proj.", (width, width)),
+                            ("mlp.c_fc.", (4 * width, width)),
+                            ("mlp.c_proj.", (width, 4 * width))):
+            shape = shape if isinstance(shape, tuple) else (shape,)
+            state[f"transformer.resblocks.{i}.{name}weight"] = shape
+            state[f"transformer.resblocks.{i}.{name}bias"] = shape[:1]
+    return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+
+
 class Towers(unittest.TestCase):
     """Frozen towers and their files."""
-
-    def dinov2(self, width=128, depth=2, patch=14, grid=5):
-        """A state dictionary with the official names, random."""
-        state = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid ** 2, width),
-                 "register_tokens": (1, 4, width), "mask_token": (1, width),
-                 "patch_embed.proj.weight": (width, 3, patch, patch),
-                 "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,)}
-        for i in range(depth):
-            for name, shape in (("norm1", width), ("norm2", width), ("attn.qkv", (3 * width, width)),
-                                ("attn.proj", (width, width)), ("mlp.fc1", (4 * width, width)),
-                                ("mlp.fc2", (width, 4 * width))):
-                shape = shape if isinstance(shape, tuple) else (shape,)
-                state[f"blocks.{i}.{name}.weight"] = shape
-                state[f"blocks.{i}.{name}.bias"] = shape[:1]
-            state[f"blocks.{i}.ls1.gamma"] = state[f"blocks.{i}.ls2.gamma"] = (width,)
-        return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
-
-    def clip(self, width=128, depth=2):
-        state = {"token_embedding.weight": (300, width), "positional_embedding": (77, width),
-                 "text_projection": (width, 64), "ln_final.weight": (width,),
-                 "ln_final.bias": (width,), "logit_scale": (), "visual.proj": (8, 4),
-                 "visual.conv1.weight": (8, 3, 16, 16)}
-        for i in range(depth):
-            for name, shape in (("ln_1.", width), ("ln_2.", width),
-                                ("attn.in_proj_", (3 * width, width)),
-                                ("attn.out_proj.", (width, width)),
-                                ("mlp.c_fc.", (4 * width, width)),
-                                ("mlp.c_proj.", (width, 4 * width))):
-                shape = shape if isinstance(shape, tuple) else (shape,)
-                state[f"transformer.resblocks.{i}.{name}weight"] = shape
-                state[f"transformer.resblocks.{i}.{name}bias"] = shape[:1]
-        return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
 
     def saved(self, state):
         path = folder(self) / "weights.pth"
@@ -343,7 +347,7 @@ class Towers(unittest.TestCase):
         return path
 
     def test_dinov2_file_loads_whole(self):
-        state = self.dinov2()
+        state = dinov2_state()
         tower = backbones.load_vision(self.saved(state))
         self.assertEqual(tower.shape, backbones.VisionShape(14, 128, 2, 2, grid=5, registers=4))
         mine = {tensor.double().sum().item() for tensor in tower.state_dict().values()}
@@ -355,7 +359,7 @@ class Towers(unittest.TestCase):
 
     def test_dinov2_by_hand(self):
         """One block, written out from the official names."""
-        state = self.dinov2(depth=1)
+        state = dinov2_state(depth=1)
         tower = backbones.load_vision(self.saved(state)).double()
         s = {name: tensor.double() for name, tensor in state.items()}
         image = torch.randn(1, 3, 70, 70).double()
@@ -385,7 +389,7 @@ class Towers(unittest.TestCase):
         self.assertLess(float((tower(image)[0] - norm(x, "norm")).abs().max()), 1e-10)
 
     def test_positions_are_resized_and_can_stay_so(self):
-        path = self.saved(self.dinov2())
+        path = self.saved(dinov2_state())
         image = torch.randn(1, 3, 98, 98)
         stays = backbones.load_vision(path, image_size=98)
         self.assertEqual(stays.shape.grid, 7)
@@ -395,7 +399,7 @@ class Towers(unittest.TestCase):
             backbones.load_vision(path, image_size=100)
 
     def test_clip_files_plain_and_torchscript(self):
-        state = self.clip()
+        state = clip_state()
         path = self.saved(state)
         tower = backbones.load_text(path)
         self.assertEqual(tower.shape, backbones.TextShape(128, 2, 2, 64, 300, 77))
@@ -430,7 +434,7 @@ class Towers(unittest.TestCase):
         self.assertEqual(backbones.after_end(a).tolist(), [[False] * 4 + [True] * 2])
 
     def test_bad_files_are_refused_by_name(self):
-        state = self.dinov2()
+        state = dinov2_state()
         for change, message in (
                 (lambda s: s.pop("blocks.1.attn.qkv.bias"),
                  r"1 tensor\(s\) missing, the first: blocks\.1\.attn\.qkv\.bias"),
@@ -508,9 +512,9 @@ class Methods(unittest.TestCase):
     def test_adapters_off_leaves_the_towers_alone(self):
         net = model.build("shapes", visual_adapter_layers=(), text_adapter_layers=()).eval()
         images, tokens = self.batch(net)
-        words, sentence = net.read(tokens)
+        words, sentence = net.text_branch(tokens)
         self.assertTrue(torch.equal(words, net.text(tokens)[0]))
-        last = net.see(images, words)[-1].flatten(2).transpose(1, 2)
+        last = net.image_branch(images, words)[-1].flatten(2).transpose(1, 2)
         self.assertTrue(torch.equal(last, net.vision(images)[:, net.vision.prefix:]))
 
     def test_the_image_reads_the_words(self):
@@ -518,7 +522,7 @@ class Methods(unittest.TestCase):
         images, tokens = self.batch(net)
         other = tokens.clone()
         other[:, 2] = 41
-        a, b = net.see(images, net.read(tokens)[0]), net.see(images, net.read(other)[0])
+        a, b = (net.image_branch(images, net.text_branch(t)[0]) for t in (tokens, other))
         self.assertTrue(all((x - y).abs().max() > 1e-6 for x, y in zip(a, b)))
 
     def test_logits_are_four_times_the_grid(self):
@@ -570,7 +574,7 @@ class Checkpoints(unittest.TestCase):
         place = folder(self)
         torch.manual_seed(0)
         net = model.build("shapes", dropout=0.0).eval()
-        model.save(place / "a.pt", net, dataset="shapes")
+        model.save(place / "a.pt", net)
         images = torch.randn(2, 3, net.config.image_size, net.config.image_size)
         tokens = torch.randint(1, 500, (2, 17))
         again = model.load(place / "a.pt")
@@ -581,14 +585,12 @@ class Checkpoints(unittest.TestCase):
 
     def test_towers_from_files_stay_in_their_files(self):
         place = folder(self)
-        names = {"vision": backbones.Published("v.pth", "http://v", None),
-                 "text": backbones.Published("t.pt", "http://t", None)}
+        names = {"vision": backbones.Published("v.pth", "http://v"),
+                 "text": backbones.Published("t.pt", "http://t")}
         shapes = {"vision": backbones.VisionShape(14, 64, 2, 1, grid=4, registers=4),
                   "text": backbones.TextShape(64, 2, 1, 64, 300, 77)}
-        towers = Towers()
-        towers.addCleanup = self.addCleanup
-        torch.save(towers.dinov2(64, grid=4), place / "v.pth")
-        torch.save(towers.clip(64), place / "t.pt")
+        torch.save(dinov2_state(64, grid=4), place / "v.pth")
+        torch.save(clip_state(64), place / "t.pt")
         overrides = {"vision": "vision", "text": "text", "image_size": 56, "train_towers": False,
                      "visual_adapter_layers": (1,), "features": (0, 1)}
         with mock.patch.dict(backbones.VISION, vision=shapes["vision"]), \
@@ -604,7 +606,7 @@ class Checkpoints(unittest.TestCase):
             images, tokens = torch.randn(1, 3, 56, 56), torch.tensor([[298, 4, 299]])
             again = model.load(place / "a.pt")
             self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
-            torch.save(towers.dinov2(64, grid=4), place / "v.pth")         # other numbers
+            torch.save(dinov2_state(64, grid=4), place / "v.pth")         # other numbers
             with self.assertRaisesRegex(backbones.WeightsError, "SHA-256"):
                 model.load(place / "a.pt")
             (place / "v.pth").unlink()
@@ -901,7 +903,8 @@ class Refer(unittest.TestCase):
         ref = data.read_split(self.data, "refcoco", "train")[0][0]
         for segmentation in (
                 [[1, 1, 2, 2]], [[1, 1, 2, 2, 3]], [["a"] * 6], [[math.nan] * 6], [5], "poly", 7,
-                [[-9, -9, -5, -9, -5, -5]], {"size": [60, 80]}, {"size": [80, 60], "counts": [4800]},
+                [[-9, -9, -5, -9, -5, -5]], {"size": [60, 80]},
+                {"size": [80, 60], "counts": [4800]},
                 {"size": [60, 80], "counts": [4000]}, {"size": [60, 80], "counts": [4800]},
                 {"size": [60, 80], "counts": [-1, 4801]}, {"size": 3, "counts": [4800]}):
             with self.subTest(segmentation), self.assertRaisesRegex(
@@ -932,7 +935,8 @@ class Refer(unittest.TestCase):
             expressions = data.ExpressionSet(refs, self.tokenizer, 64, 17, skip_broken=skip)
             if skip:
                 self.assertEqual([train_set[1, i]["skipped"] for i in range(4)], [2, 1, 0, 0])
-                self.assertEqual([expressions[i] is None for i in range(6)], [True] * 4 + [False] * 2)
+                self.assertEqual([expressions[i] is None for i in range(6)],
+                                 [True] * 4 + [False] * 2)
             else:
                 for dataset, place in ((train_set, (1, 0)), (expressions, 0)):
                     with self.assertRaisesRegex(data.DataError, "broken image"):
@@ -1013,7 +1017,8 @@ class Drawn(unittest.TestCase):
         self.assertGreater(min(read), 500)
 
     def test_the_same_seed_draws_the_same(self):
-        a, b, c = (data.draw_shapes(folder(self), {"train": 6, "val": 2}, seed) for seed in (0, 0, 1))
+        a, b, c = (data.draw_shapes(folder(self), {"train": 6, "val": 2}, seed)
+                   for seed in (0, 0, 1))
         for name in ("instances.json", "refs(shapes).p", "images/shapes_val_000007.jpg"):
             self.assertEqual((a / name).read_bytes(), (b / name).read_bytes())
             self.assertNotEqual((a / name).read_bytes(), (c / name).read_bytes())
@@ -1078,7 +1083,7 @@ class Runs(unittest.TestCase):
         self.assertEqual(names, {"log.jsonl", "last.pt", "best.pt", "val.png", "curves.png"})
         rows = self.log("first")
         self.assertEqual([row["epoch"] for row in rows], [1, 2])
-        self.assertEqual([row["lr"] for row in rows], [5e-4, 5e-5])
+        self.assertEqual([row["lr"] for row in rows], [7e-4, 0.1 * 7e-4])
         self.assertEqual(set(rows[0]), {"epoch", "loss", "lr", "miou", "oiou", "p50",
                                         "images_per_s", "peak_memory_gb", "seconds"})
         for name in ("val.png", "curves.png"):
@@ -1133,14 +1138,54 @@ class Runs(unittest.TestCase):
         for x, y in zip(self.log("first"), self.log("resumed")):
             self.assertEqual((x["epoch"], x["loss"], x["miou"]), (y["epoch"], y["loss"], y["miou"]))
 
-    def test_accumulated_gradients_take_the_same_steps(self):
-        """In pieces of 4 the batch statistics differ, so only the number of steps is compared."""
-        status, _, err = program(train, *self.small, "--out", self.root / "pieces", "--epochs", "1",
-                                 "--micro-batch", "4")
+    def test_accumulated_gradients_make_the_same_step(self):
+        """On a model without batch statistics, which pieces of a batch would change."""
+        class Plain(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 1, 3, padding=1)
+
+            def forward(self, images, tokens):
+                return self.conv(images)
+
+        tokenizer = data.Tokenizer(self.root / "data" / "shapes" / "merges.txt")
+        refs = data.read_split(self.root / "data", "shapes", "train")[0]
+        samples = data.TrainSet(refs, tokenizer, 64, 17)
+        weights = []
+        for micro in (8, 4, 1):
+            torch.manual_seed(0)
+            net = Plain()
+            optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+            loader = torch.utils.data.DataLoader(
+                samples, batch_sampler=train.GlobalBatches(len(refs), 8, micro, 0, 1, seed=0))
+            bar = evaluate.tqdm(disable=True)
+            value, _ = train.train_epoch(net, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                                         loader, 8 // micro, CPU, None, bar)
+            weights.append(torch.cat([net.conv.weight.flatten(), torch.tensor([value])]).detach())
+        for other in weights[1:]:
+            self.assertLess(float((weights[0] - other).abs().max()), 1e-5)
+        torch.manual_seed(0)
+        self.assertGreater(float((weights[0][:-1] - Plain().conv.weight.flatten()).abs().max()),
+                           0.1)
+
+    def test_workers_read_the_same_samples(self):
+        """Also where workers are started anew instead of forked."""
+        tokenizer = data.Tokenizer(self.root / "data" / "shapes" / "merges.txt")
+        refs = data.read_split(self.root / "data", "shapes", "train")[0]
+        samples = data.TrainSet(refs, tokenizer, 64, 17)
+        batches = train.GlobalBatches(len(refs), 16, 16, 0, 1, seed=0)
+        loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=2,
+                                             multiprocessing_context="spawn")
+        for batch, places in zip(loader, batches):
+            for key in ("image", "tokens", "mask"):
+                self.assertTrue(torch.equal(batch[key], torch.stack([samples[p][key]
+                                                                     for p in places])))
+
+    def test_bfloat16_trains_too(self):
+        status, _, err = program(train, *self.small, "--out", self.root / "bf16", "--epochs", "1",
+                                 "--precision", "bf16", "--micro-batch", "4")
         self.assertEqual(status, 0, err)
-        steps = [next(iter(model.read_checkpoint(self.root / name / "last.pt")["optimizer"]["state"]
-                           .values()))["step"].item() for name in ("pieces", "first")]
-        self.assertEqual(2 * steps[0], steps[1])
+        self.assertAlmostEqual(self.log("bf16")[0]["loss"], self.log("first")[0]["loss"], delta=0.1)
 
     def test_two_processes_train_as_one(self):
         out = self.root / "two"
@@ -1157,7 +1202,10 @@ class Runs(unittest.TestCase):
         means = [n for n in a if n.endswith("running_var")]
         for name in means:
             self.assertTrue(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-4), name)
-        # Weights as two processes left them, figures as one process finds them.
+        # The weights as two processes left them, the figures as one finds them (of one thread).
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
         figures = self.root / "two.json"
         program(evaluate, "--ckpt", out / "last.pt", "--data", self.root / "data", "--split", "val",
                 "--json", figures, "--batch-size", 8)
@@ -1181,7 +1229,7 @@ class Runs(unittest.TestCase):
         (place / "photo.jpg").write_bytes(b"no photo")
         drawn = ["--data", self.root / "data"]
         photo = ["--image", place / "photo.jpg", "--text", "a", "--output", place / "o.png"]
-        real = ["--preset", "dcris-b", *drawn, "--out", place / "o"]
+        real = ["--preset", "dcris-b", "--dataset", "shapes", *drawn, "--out", place / "o"]
         for module, arguments, message in (
                 (train, ["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no",
                          "--out", place / "o"], "bpe_simple_vocab|no such data folder"),
@@ -1190,7 +1238,7 @@ class Runs(unittest.TestCase):
                 (train, [*drawn, "--out", place / "o", "--resume"], "no run to resume"),
                 (train, [*drawn, "--out", place / "file"], "file"),
                 (train, [*self.small, "--out", self.root / "first", "--resume", "--lr", "1"],
-                 "another run: lr 0.0005 there, 1.0 here"),
+                 "another run: lr 0.0007 there, 1.0 here"),
                 (train, [*drawn, "--out", place / "o", "--image-size", "65"], "no multiple"),
                 (train, [*drawn, "--out", place / "o", "--visual-adapter-layers", "1", "9"],
                  "the tower has 4 blocks"),

@@ -14,8 +14,6 @@ curves.png, and TensorBoard's events where that is installed.
 import argparse
 import contextlib
 import json
-import os
-import resource
 import sys
 import time
 import types
@@ -85,6 +83,7 @@ def synced_batch_norm(self, x):
     if not self.training:
         return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight,
                                         self.bias, eps=self.eps)
+    kind, x = x.dtype, x.float()
     over = [d for d in range(x.ndim) if d != 1]
     shape = [1, -1] + [1] * (x.ndim - 2)
     mean = MeanOverProcesses.apply(x.mean(over))
@@ -96,7 +95,7 @@ def synced_batch_norm(self, x):
         self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         self.num_batches_tracked += 1
     scale = self.weight * (variance + self.eps).rsqrt()
-    return centred * scale.view(shape) + self.bias.view(shape)
+    return (centred * scale.view(shape) + self.bias.view(shape)).to(kind)
 
 
 def distribute(net, world, device):
@@ -126,8 +125,8 @@ def train_epoch(net, optimizer, scaler, loader, pieces, device, dtype, bar):
         skipped += int(batch["skipped"].sum())
         last_piece = step % pieces == 0
         # Gradients travel between processes only with the last piece of a global batch.
-        with net.no_sync() if hasattr(net, "no_sync") and not last_piece else (
-                contextlib.nullcontext()):
+        alone = not last_piece and isinstance(net, DistributedDataParallel)
+        with net.no_sync() if alone else contextlib.nullcontext():
             with evaluate.autocast(device, dtype):
                 logits = net(data.normalise(images), tokens)
             loss = model.text_to_pixel_loss(logits, masks / 255)
@@ -138,7 +137,7 @@ def train_epoch(net, optimizer, scaler, loader, pieces, device, dtype, bar):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
-            if bar.n % 10 == 0:
+            if bar.n % 10 == 0 and not bar.disable:     # reading the loss waits for the device
                 bar.set_postfix(loss=f"{loss.item():.4f}")
     mean = total / step
     if dist.is_initialized():
@@ -151,6 +150,7 @@ def train_epoch(net, optimizer, scaler, loader, pieces, device, dtype, bar):
 def peak_memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource             # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -170,24 +170,17 @@ def from_first(value, world):
 
 def run_folder(args):
     """The folder of this run: OUT, or the first free (resuming: the last used) runs/PRESET[-N]."""
-    def used(folder):
-        return (folder / "log.jsonl").exists() or (folder / "last.pt").exists()
-
     if args.out:
         out = Path(args.out)
-        if used(out) and not args.resume:
+        if (out / "log.jsonl").exists() and not args.resume:
             raise FileExistsError(f"{out} holds a run already; --resume goes on with it, another "
                                   f"--out starts afresh")
     else:
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
-        free = next(i for i, name in enumerate(names) if not used(name))
+        free = next(i for i, name in enumerate(names) if not name.exists())
         out = names[max(0, free - 1) if args.resume else free]
     if args.resume and not (out / "last.pt").exists():
         raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume")
-    out.mkdir(parents=True, exist_ok=True)
-    with model.replacing(out / "writable") as file:     # better now than after the first epoch
-        file.write(b"")
-    (out / "writable").unlink()
     return out
 
 
@@ -195,7 +188,7 @@ def find_vocabulary(args, config):
     """The tokenizer's file: CLIP's for a published text tower, else the data set's own."""
     if args.vocabulary:
         return args.vocabulary
-    if config.text in model.backbones.PUBLISHED:
+    if config.text in model.PUBLISHED:
         return model.find_published("vocabulary")
     path = Path(args.data) / args.dataset / "merges.txt"
     if not path.is_file():
@@ -204,56 +197,66 @@ def find_vocabulary(args, config):
     return path
 
 
-def compare_runs(path, checkpoint, config, args):
-    """ConfigError that shows the difference where a run to resume is not this run."""
-    before = {**checkpoint["config"], "dataset": checkpoint["dataset"],
-              "seed": checkpoint["seed"]}
-    now = {**asdict(config), "dataset": args.dataset, "seed": args.seed}
-    different = [f"{key} {before.get(key)} there, {now[key]} here" for key in now
-                 if before.get(key) != now[key]]
-    if different:
-        raise model.ConfigError(f"{path} is a checkpoint of another run: {'; '.join(different)}")
+def describe_run(args, dtype):
+    """What a checkpoint says of its run beside the configuration; resuming asks for the same."""
+    return {"dataset": args.dataset, "seed": args.seed, "keep_leaks": args.keep_leaks,
+            "skip_broken": args.skip_broken, "precision": str(dtype or torch.float32)}
 
 
-def train(args, config, rank, world, device):
-    pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
-    dtype = evaluate.precision_type(args.precision, device)
-    out = from_first(run_folder(args) if rank == 0 else None, world)
-    if args.dataset == "shapes" and rank == 0 and not (Path(args.data) / "shapes").exists():
-        data.draw_shapes(args.data)
-    from_first(None, world)                             # nobody reads before it is drawn
-
+def load_data(args, config, rank):
+    """The tokenizer, the training samples, and the expressions of val."""
     vocabulary = find_vocabulary(args, config)
     tokenizer = data.Tokenizer(vocabulary)
-    if tokenizer.size > model.backbones.TEXT[config.text].vocabulary:
-        raise model.ConfigError(f"{vocabulary} has {tokenizer.size} entries, the text tower "
-                                f"{config.text} only {model.backbones.TEXT[config.text].vocabulary}")
+    if tokenizer.size > model.TEXT[config.text].vocabulary:
+        raise model.ConfigError(f"{vocabulary} has {tokenizer.size} entries, more than the text "
+                                f"tower {config.text} knows")
     refs, broken = data.read_split(args.data, args.dataset, "train", args.skip_broken,
                                    args.keep_leaks)
     val_refs, _ = data.read_split(args.data, args.dataset, "val", args.skip_broken)
     if len(refs) < config.batch_size:
         raise model.ConfigError(f"batch_size {config.batch_size}, but only {len(refs)} refs")
     if broken and rank == 0:
-        print(f"{broken} broken entries left out", file=sys.stderr)
-    train_set = data.TrainSet(refs, tokenizer, config.image_size, config.length, args.seed,
-                              args.skip_broken)
-    val_set = data.ExpressionSet(val_refs, tokenizer, config.image_size, config.length,
-                                 args.skip_broken)
-    batches = GlobalBatches(len(refs), config.batch_size, micro, rank, world, args.seed)
+        print(f"{broken} broken entries left out of train, val and all other splits",
+              file=sys.stderr)
+    size = config.image_size, config.length
+    return (tokenizer, data.TrainSet(refs, tokenizer, *size, args.seed, args.skip_broken),
+            data.ExpressionSet(val_refs, tokenizer, *size, args.skip_broken))
+
+
+def load_model(args, config, run, out):
+    """A fresh model and None, or the one to resume and its checkpoint."""
+    torch.manual_seed(args.seed)
+    if not args.resume:
+        weights = (None, None) if args.random_towers else model.find_weights(
+            config, args.vision_weights, args.text_weights)
+        return model.assemble(config, *weights), None
+    path = out / "last.pt"
+    checkpoint = model.read_checkpoint(path)
+    before = {**checkpoint["config"], **checkpoint.get("run", {})}
+    different = [f"{key} {before.get(key)} there, {value} here"
+                 for key, value in {**asdict(config), **run}.items() if before.get(key) != value]
+    if different:
+        raise model.ConfigError(f"{path} is a checkpoint of another run: {'; '.join(different)}")
+    return model.restore(path, checkpoint, args.vision_weights, args.text_weights), checkpoint
+
+
+def train(args, config, rank, world, device):
+    """The whole run of one process."""
+    pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
+    dtype = evaluate.precision_type(args.precision, device)
+    run = describe_run(args, dtype)
+    out = from_first(run_folder(args) if rank == 0 else None, world)
+    if args.dataset == "shapes" and rank == 0 and not (Path(args.data) / "shapes").exists():
+        data.draw_shapes(args.data)
+    from_first(None, world)                             # nobody reads before it is drawn
+    tokenizer, train_set, val_set = load_data(args, config, rank)
+    net, checkpoint = load_model(args, config, run, out)
+    net.to(device)
+    batches = GlobalBatches(len(train_set), config.batch_size, micro, rank, world, args.seed)
     loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
-
-    torch.manual_seed(args.seed)
-    weights = (None, None) if args.random_towers else model.find_weights(
-        config, args.vision_weights, args.text_weights)
-    checkpoint = None
-    if args.resume:
-        checkpoint = model.read_checkpoint(out / "last.pt")
-        compare_runs(out / "last.pt", checkpoint, config, args)
-        net = model.restore(out / "last.pt", checkpoint, *weights).to(device)
-    else:
-        net = model.assemble(config, *weights).to(device)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=config.lr)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=config.lr,
+                                 fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     first, best = 1, -1.0
     if checkpoint:
@@ -261,9 +264,8 @@ def train(args, config, rank, world, device):
         scaler.load_state_dict(checkpoint["scaler"])
         first, best = checkpoint["epoch"] + 1, checkpoint["best"]
     parallel = distribute(net, world, device)
-    kept = {"dataset": args.dataset, "seed": args.seed, "vocabulary":
-            {"file": Path(vocabulary).name} if config.text in model.backbones.PUBLISHED
-            else {"text": tokenizer.text}}
+    kept = {"run": run, "vocabulary": {} if config.text in model.PUBLISHED else {
+        "text": tokenizer.text}}
     log = Log(out, first) if rank == 0 else None
 
     for epoch in range(first, config.epochs + 1):
@@ -280,21 +282,22 @@ def train(args, config, rank, world, device):
         trained = time.time() - begun
         table = evaluate.overlaps(net, val_set, device, dtype, config.batch_size, args.workers,
                                   rank, world, "validating")
-        if rank == 0:
-            found = evaluate.metrics(table)
-            if skipped or len(table) < len(val_set):
-                print(f"skipped {skipped} broken refs, {len(val_set) - len(table)} expressions of "
-                      f"val", file=sys.stderr)
-            log.add({"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
-                     "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
-                     "images_per_s": len(batches) * micro * world / trained,
-                     "peak_memory_gb": peak_memory_gb(device), "seconds": time.time() - begun})
-            if found["miou"] > best:
-                best = found["miou"]
-                model.save(out / "best.pt", net, epoch=epoch, miou=found["miou"], **kept)
-            model.save(out / "last.pt", net, epoch=epoch, best=best,
-                       optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **kept)
-            evaluate.save_picture(evaluate.panel(net, val_set, device, dtype), out / "val.png")
+        if rank > 0:
+            continue
+        found = evaluate.metrics(table)
+        if skipped or len(table) < len(val_set):
+            print(f"skipped {skipped} broken refs, {len(val_set) - len(table)} expressions of "
+                  f"val", file=sys.stderr)
+        log.add({"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+                 "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
+                 "images_per_s": len(batches) * micro * world / trained,
+                 "peak_memory_gb": peak_memory_gb(device), "seconds": time.time() - begun})
+        if found["miou"] > best:
+            best = found["miou"]
+            model.save(out / "best.pt", net, epoch=epoch, miou=best, **kept)
+        model.save(out / "last.pt", net, epoch=epoch, best=best, optimizer=optimizer.state_dict(),
+                   scaler=scaler.state_dict(), **kept)
+        evaluate.save_picture(evaluate.panel(net, val_set, device, dtype), out / "val.png")
     if rank == 0:
         print(f"{out}: best mIoU on val {best:.2f}; best.pt, last.pt, log.jsonl, val.png, "
               f"curves.png")
@@ -305,18 +308,23 @@ class Log:
 
     def __init__(self, out, first_epoch):
         self.out, self.rows = out, []
-        with contextlib.suppress(FileNotFoundError):
+        out.mkdir(parents=True, exist_ok=True)
+        if first_epoch > 1:
             lines = (out / "log.jsonl").read_text().splitlines()
             self.rows = [row for row in map(json.loads, lines) if row["epoch"] < first_epoch]
+        self.write()                # the folder is taken, and better now than later if it cannot be
         self.board = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(out))
 
+    def write(self):
+        with model.replacing(self.out / "log.jsonl") as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
+
     def add(self, row):
         self.rows.append(row)
-        with model.replacing(self.out / "log.jsonl") as file:
-            file.writelines(json.dumps(r).encode() + b"\n" for r in self.rows)
+        self.write()
         evaluate.save_picture(evaluate.curves(self.rows), self.out / "curves.png")
         tqdm.write(f"epoch {row['epoch']}: loss {row['loss']:.4f}, val mIoU {row['miou']:.2f}, "
                    f"oIoU {row['oiou']:.2f}, P@0.5 {row['p50']:.2f}, "
@@ -343,9 +351,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="shapes", choices=model.PRESETS)
-    parser.add_argument("--dataset", default="shapes", metavar="NAME",
+    parser.add_argument("--dataset", metavar="NAME",
                         help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes or a "
-                             "folder of DATA (default: shapes)")
+                             "folder of DATA (default of preset shapes: shapes)")
     parser.add_argument("--out", metavar="DIR", help="default: runs/PRESET, numbered if it is used")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--seed", type=int, default=0)
@@ -371,6 +379,9 @@ def parse_arguments():
     args = parser.parse_args()
     if args.workers < 0 or args.micro_batch < 0:
         parser.error("--workers and --micro-batch are at least 0")
+    args.dataset = args.dataset or ("shapes" if args.preset == "shapes" else None)
+    if args.dataset is None:
+        parser.error(f"--preset {args.preset} needs --dataset NAME")
     return args
 
 
