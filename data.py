@@ -533,11 +533,11 @@ class ExpressionSet(Dataset):
 
 COLOURS = {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
            "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)}
-SIZES = {"small": (0.11, 0.135), "large": (0.18, 0.22)}      # radius by the canvas's longer side
+SIZES = {"small": (0.13, 0.15), "large": (0.20, 0.235)}      # radius by the canvas's longer side
 # Corners, radius (so that all kinds look equally large), and that of every second corner.
 KINDS = {"circle": (32, 1.0, 1.0), "square": (4, 1.15, 1.15), "triangle": (3, 1.35, 1.35),
          "star": (10, 1.3, 0.65)}
-SCENES = {"train": 5000, "val": 150, "test": 150}
+SCENES = {"train": 6500, "val": 150, "test": 150}
 CANVASES = ((64, 64), (64, 48), (48, 64), (64, 56), (56, 64))
 WAYS = (0.5, 0.3, 0.2)          # how often a figure is meant by its look, its place, a relation
 
@@ -569,7 +569,7 @@ def invent_figures(rng, width, height):
         reach = radius * KINDS[kind][1] + 1
         x, y = (rng.uniform(reach, extent - reach) for extent in (width, height))
         if all(math.hypot(x - f.x, y - f.y) > reach + f.reach for f in figures):
-            turn = rng.uniform(-0.25, 0.25) + (math.pi / 4 if kind == "square" else 0)
+            turn = rng.uniform(-0.05, 0.05) + (math.pi / 4 if kind == "square" else 0)
             points = outline(kind, x, y, radius, turn)
             figures.append(Figure(kind, colour, size, x, y, reach, points))
         if len(figures) == number:

@@ -62,7 +62,7 @@ PRESETS = {
         vision="small", text="small", train_towers=True, image_size=64,
         visual_adapter_layers=(2,), visual_adapter_rank=32, text_adapter_layers=(1,),
         text_adapter_rank=16, features=(1, 2), head_width=64, head_heads=2, head_layers=1,
-        dropout=0.0, batch_size=16, lr=7e-4, epochs=5, decay_epoch=4),
+        dropout=0.0, batch_size=16, lr=1e-3, epochs=4, decay_epoch=3),
     "dcris-b": Config(),
     "dcris-l": Config(
         vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),

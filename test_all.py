@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import textwrap
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -518,7 +519,7 @@ class Methods(unittest.TestCase):
         self.assertTrue(torch.equal(last, net.vision(images)[:, net.vision.prefix:]))
 
     def test_the_image_reads_the_words(self):
-        net = model.build("shapes").eval()
+        net = model.build("shapes", visual_adapter_layers=(1,)).eval()
         images, tokens = self.batch(net)
         other = tokens.clone()
         other[:, 2] = 41
@@ -955,7 +956,6 @@ class Refer(unittest.TestCase):
         self.assertEqual(len(clean), 3 * 4)
         leaky = data.read_split(self.data, "mixed", "train", keep_leaks=True)[0]
         self.assertEqual(len(leaky), 6 + 7 + 6)
-        self.assertEqual(set(data.held_out_splits(self.data, "mixed")), {"val", "test"})
 
     def test_what_is_missing_is_said(self):
         with self.assertRaisesRegex(data.DataError, "no such data folder"):
@@ -1083,7 +1083,7 @@ class Runs(unittest.TestCase):
         self.assertEqual(names, {"log.jsonl", "last.pt", "best.pt", "val.png", "curves.png"})
         rows = self.log("first")
         self.assertEqual([row["epoch"] for row in rows], [1, 2])
-        self.assertEqual([row["lr"] for row in rows], [7e-4, 0.1 * 7e-4])
+        self.assertEqual([row["lr"] for row in rows], [1e-3, 1e-4])
         self.assertEqual(set(rows[0]), {"epoch", "loss", "lr", "miou", "oiou", "p50",
                                         "images_per_s", "peak_memory_gb", "seconds"})
         for name in ("val.png", "curves.png"):
@@ -1187,21 +1187,53 @@ class Runs(unittest.TestCase):
         self.assertEqual(status, 0, err)
         self.assertAlmostEqual(self.log("bf16")[0]["loss"], self.log("first")[0]["loss"], delta=0.1)
 
-    def test_two_processes_train_as_one(self):
+    def torchrun(self, processes, *arguments):
+        """What a program prints in so many processes of one thread each."""
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone",
+             f"--nproc_per_node={processes}", *arguments], check=True, capture_output=True,
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+        return done.stdout
+
+    def test_two_processes_take_the_steps_of_one(self):
+        """In double precision, where rounding cannot hide a mistake (Adam makes much of it)."""
+        script = self.root / "double.py"
+        script.write_text(textwrap.dedent("""
+            import json, os, data, evaluate, model, train
+            assemble, normalise, loss_of = model.assemble, data.normalise, model.text_to_pixel_loss
+            losses = []
+            def recorded(logits, masks):
+                loss = loss_of(logits, masks)
+                mean = loss.detach().clone()
+                if train.dist.is_initialized():
+                    train.dist.all_reduce(mean)
+                    mean /= train.dist.get_world_size()
+                losses.append(mean.item())
+                return loss
+            model.assemble = lambda *args: assemble(*args).double()
+            data.normalise = lambda images: normalise(images).double()
+            model.text_to_pixel_loss = recorded
+            evaluate.run(train.main)
+            if os.environ["RANK"] == "0":
+                print("losses", json.dumps(losses))
+        """))
+        losses = []
+        for processes in (1, 2):
+            out = self.torchrun(processes, script, *self.small, "--epochs", "1", "--out",
+                                self.root / f"double{processes}")
+            losses.append(json.loads(out.split("losses")[1]))
+        self.assertEqual(len(losses[0]), 10)
+        self.assertLess(max(abs(a - b) for a, b in zip(*losses)), 1e-9)
+        a, b = (model.read_checkpoint(self.root / f"double{n}" / "last.pt")["tensors"]
+                for n in (1, 2))
+        for name in (name for name in a if "running_" in name):
+            self.assertTrue(torch.allclose(a[name], b[name], rtol=1e-6, atol=1e-9), name)
+
+    def test_two_processes_leave_one_run(self):
         out = self.root / "two"
-        subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             HERE / "train.py", *self.small, "--out", out], check=True, capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for one, two in zip(self.log("first"), self.log("two")):
-            self.assertAlmostEqual(one["loss"], two["loss"], delta=1e-4)
-            self.assertAlmostEqual(one["miou"], two["miou"], delta=0.2)
-        a, b = (model.read_checkpoint(self.root / name / "last.pt")["tensors"]
-                for name in ("first", "two"))
-        self.assertEqual(a.keys(), b.keys())
-        means = [n for n in a if n.endswith("running_var")]
-        for name in means:
-            self.assertTrue(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-4), name)
+        self.torchrun(2, HERE / "train.py", *self.small, "--out", out)
+        self.assertEqual([row["epoch"] for row in self.log("two")], [1, 2])
+        self.assertEqual(len(list(out.glob("*.pt"))), 2)
         # The weights as two processes left them, the figures as one finds them (of one thread).
         threads = torch.get_num_threads()
         self.addCleanup(torch.set_num_threads, threads)
@@ -1238,7 +1270,7 @@ class Runs(unittest.TestCase):
                 (train, [*drawn, "--out", place / "o", "--resume"], "no run to resume"),
                 (train, [*drawn, "--out", place / "file"], "file"),
                 (train, [*self.small, "--out", self.root / "first", "--resume", "--lr", "1"],
-                 "another run: lr 0.0007 there, 1.0 here"),
+                 "another run: lr 0.001 there, 1.0 here"),
                 (train, [*drawn, "--out", place / "o", "--image-size", "65"], "no multiple"),
                 (train, [*drawn, "--out", place / "o", "--visual-adapter-layers", "1", "9"],
                  "the tower has 4 blocks"),

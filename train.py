@@ -83,7 +83,8 @@ def synced_batch_norm(self, x):
     if not self.training:
         return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight,
                                         self.bias, eps=self.eps)
-    kind, x = x.dtype, x.float()
+    kind = x.dtype
+    x = x if kind == torch.float64 else x.float()
     over = [d for d in range(x.ndim) if d != 1]
     shape = [1, -1] + [1] * (x.ndim - 2)
     mean = MeanOverProcesses.apply(x.mean(over))
@@ -205,11 +206,6 @@ def describe_run(args, dtype):
 
 def load_data(args, config, rank):
     """The tokenizer, the training samples, and the expressions of val."""
-    vocabulary = find_vocabulary(args, config)
-    tokenizer = data.Tokenizer(vocabulary)
-    if tokenizer.size > model.TEXT[config.text].vocabulary:
-        raise model.ConfigError(f"{vocabulary} has {tokenizer.size} entries, more than the text "
-                                f"tower {config.text} knows")
     refs, broken = data.read_split(args.data, args.dataset, "train", args.skip_broken,
                                    args.keep_leaks)
     val_refs, _ = data.read_split(args.data, args.dataset, "val", args.skip_broken)
@@ -218,6 +214,11 @@ def load_data(args, config, rank):
     if broken and rank == 0:
         print(f"{broken} broken entries left out of train, val and all other splits",
               file=sys.stderr)
+    vocabulary = find_vocabulary(args, config)
+    tokenizer = data.Tokenizer(vocabulary)
+    if tokenizer.size > model.TEXT[config.text].vocabulary:
+        raise model.ConfigError(f"{vocabulary} has {tokenizer.size} entries, more than the text "
+                                f"tower {config.text} knows")
     size = config.image_size, config.length
     return (tokenizer, data.TrainSet(refs, tokenizer, *size, args.seed, args.skip_broken),
             data.ExpressionSet(val_refs, tokenizer, *size, args.skip_broken))
