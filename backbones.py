@@ -14,8 +14,9 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -38,7 +39,7 @@ class Attached(NamedTuple):
     """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
     attention_shortcut: Callable = unchanged    # stands on the skip connection of the attention
     mlp_shortcut: Callable = unchanged          # stands on the skip connection of the MLP
-    beside_mlp: Optional[Callable] = None       # parallel to the MLP: normed input, in LayerScale
+    beside_mlp: Callable | None = None          # parallel to the MLP: normed input, in LayerScale
 
 
 NOTHING = Attached()

@@ -101,13 +101,10 @@ def table_row(*cells):
 # Pictures
 # ---------------------------------------------------------------------------------------------
 
-TINT = np.array([0, 190, 220])
-
-
-def tinted(photo, mask):
-    """The photo with its mask (bool, same size) coloured, everything else a little paler."""
-    pixels = np.asarray(photo).astype(np.float32)
-    shown = np.where(mask[..., None], 0.35 * pixels + 0.65 * TINT, 0.6 * pixels + 0.4 * 255)
+def singled_out(photo, mask):
+    """The photo (RGB) in pale grey, except where its mask (bool, same size) is true."""
+    grey = np.asarray(photo.convert("L"))[..., None]
+    shown = np.where(mask[..., None], np.asarray(photo), 170 + grey // 4)
     return Image.fromarray(shown.astype(np.uint8))
 
 
@@ -156,7 +153,7 @@ def example(photo, truth, predicted, sentence, score, tile):
         sentence = sentence[:-2].rstrip("…") + "…"
     pen.text((4, 2), sentence, "black", font)
     pen.text((3 * tile + 16, 2), score, "black", font, anchor="ra")
-    for i, picture in enumerate((photo, tinted(photo, truth), tinted(photo, predicted))):
+    for i, picture in enumerate((photo, singled_out(photo, truth), singled_out(photo, predicted))):
         scale = tile / max(picture.size)
         picture = picture.resize([max(1, round(side * scale)) for side in picture.size],
                                  Image.Resampling.BICUBIC)
@@ -286,7 +283,7 @@ def predict_one(args, device, dtype):
     mask = predict(net, tokenizer, photo, args.text, device, dtype)
     output = Path(args.output)
     plain = output.with_name(f"{output.stem}-mask.png")
-    save_picture(tinted(photo, mask), output)
+    save_picture(singled_out(photo, mask), output)
     save_picture(Image.fromarray(mask.astype(np.uint8) * 255), plain)
     print(f"{output}: the photo with its mask; {plain}: the mask alone, {photo.width}x"
           f"{photo.height}, {100 * mask.mean():.1f}% of the pixels")
