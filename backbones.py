@@ -362,10 +362,14 @@ def load_vision(path, image_size=None):
         raise WeightsError(f"{path}: no vision tower of a kind known here; expected DINOv2 with "
                            f"registers (cls_token, register_tokens, ...), found {some_of(state)}")
     width, _, _, patch = dimensions(path, state, "patch_embed.proj.weight", 4)
+    positions = dimensions(path, state, "pos_embed", 3)[1]
+    grid = math.isqrt(positions - 1)
+    if grid == 0 or grid ** 2 != positions - 1:
+        raise WeightsError(f"{path}: tensor pos_embed is misshapen: {positions} positions are not "
+                           f"one and a square grid")
     shape = VisionShape(
         patch, width, depth=count_blocks(path, state, "blocks"), heads=width // 64,
-        grid=math.isqrt(dimensions(path, state, "pos_embed", 3)[1] - 1),
-        registers=dimensions(path, state, "register_tokens", 3)[1])
+        grid=grid, registers=dimensions(path, state, "register_tokens", 3)[1])
     tower = filled(ViT, shape, state, path, DINOV2_NAMES)
     if image_size is not None:
         tower.resize(image_size)
@@ -411,15 +415,19 @@ def read_file(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # about TorchScript's age, or a foreign pickle
-            # A TorchScript archive is a zip file that holds its program under code/.
-            if zipfile.is_zipfile(path) and any(
-                    "/code/" in name for name in zipfile.ZipFile(path).namelist()):
-                return torch.jit.load(path, map_location="cpu").state_dict()
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():           # PyTorch does not look at the checksums
+                        raise ValueError("a checksum is wrong, so it was damaged")
+                    # A TorchScript archive holds its program under code/.
+                    if any("/code/" in name for name in archive.namelist()):
+                        return torch.jit.load(path, map_location="cpu").state_dict()
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(f"{path}: not a readable weight file: damaged, of another kind, or with "
+                           f"objects in it that could run code, which are refused") from None
     except Exception as error:                      # each reader has exceptions of its own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            reason = "it holds more than tensors and plain values, which could run code"
         raise WeightsError(f"{path}: not a readable weight file: {reason}; "
                            f"fetch it again") from None
 
@@ -427,8 +435,9 @@ def read_file(path):
 def count_blocks(path, state, prefix):
     numbers = [int(match[1]) for match in
                (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state) if match]
-    if not numbers:
-        raise WeightsError(f"{path}: no tensor {prefix}.0.* in the file")
+    missing = set(range(len(set(numbers)) or 1)) - set(numbers)
+    if missing:
+        raise WeightsError(f"{path}: tensors missing: there is no {prefix}.{min(missing)}.*")
     return max(numbers) + 1
 
 
@@ -466,6 +475,12 @@ def fill(module, state, path, names=()):
         for pattern, replacement in names:
             other = re.sub(pattern, replacement, other)
         theirs[other] = name
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or (
+                tensor.is_quantized or tensor.is_complex()):
+            raise WeightsError(f"{path}: {name} is not a plain tensor")
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite")
     for problem, found in (
             ("missing", [n for n in theirs if n not in state]),
             ("unexpected", [n for n in state if n not in theirs]),

@@ -182,6 +182,9 @@ def read_photo(path):
                                 f"{MOST_PIXELS:,} are read, make it smaller")
             if image.mode.startswith("I;16"):       # 16-bit grey, which PIL would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise DataError(f"{path}: an image of 32-bit numbers, whose range is anybody's "
+                                f"guess; save it as 8 or 16 bits")
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
@@ -309,7 +312,7 @@ def load_refs_file(path):
     except OSError:
         raise
     except Exception as error:          # a damaged pickle can raise nearly anything
-        raise DataError(f"{path}: not a readable pickle ({error})") from None
+        raise DataError(f"{path}: not a readable pickle ({error!r})") from None
     if not isinstance(refs, list):
         raise DataError(f"{path}: holds a {type(refs).__name__} where a list of refs is expected")
     return refs
@@ -343,7 +346,7 @@ def read_refs(data, name, skip_broken=False):
     for place, entry in enumerate(refs):
         try:
             ref = read_ref(entry, images, annotations, photos, present)
-        except (DataError, KeyError, TypeError, ValueError) as error:
+        except (DataError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             if not skip_broken:
                 what = (error if isinstance(error, DataError) else
                         f"no {error}" if isinstance(error, KeyError) else f"not a ref ({error})")
@@ -357,11 +360,12 @@ def read_refs(data, name, skip_broken=False):
 
 def photo_folder(folders, images):
     """The first of these folders that holds a photo of the data set (the first few are tried)."""
-    names = [str(image.get("file_name")) for image in list(images.values())[:20]]
+    names = [str(image["file_name"]) for image in list(images.values())[:20]
+             if isinstance(image, dict) and "file_name" in image]
     for folder in folders:
-        if any((folder / name).is_file() for name in names):
+        if any(os.path.isfile(folder / name[:255]) for name in names):
             return folder
-    raise DataError(f"no images: none of {', '.join(names[:3])}, ... is in "
+    raise DataError(f"no images: none of {', '.join(names[:3]) or '(no file_name)'}, ... is in "
                     f"{', '.join(map(str, folders))}; {WHERE}")
 
 
@@ -423,6 +427,23 @@ def held_out_splits(data, name, skip_broken=False):
     return names
 
 
+def run_lengths_of(counts):
+    """The run lengths in a compressed RLE string: differences to the last but one, base 32."""
+    lengths, value, shift = [], 0, 0
+    for c in counts:
+        bits = ord(c) - 48
+        if not 0 <= bits < 64:
+            raise DataError("RLE counts that are no compressed RLE")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:               # negative
+                value -= 1 << shift
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    return lengths
+
+
 def decode_mask(ref):
     """The mask of a ref, uint8 (height, width) of 0 and 1. DataError where there is none."""
     try:
@@ -430,24 +451,32 @@ def decode_mask(ref):
             rle = ref.segmentation
             if list(rle["size"]) != [ref.height, ref.width]:
                 raise DataError(f"RLE of size {rle['size']}")
-            if isinstance(rle["counts"], list):
-                if sum(rle["counts"]) != ref.height * ref.width or min(rle["counts"]) < 0:
-                    raise DataError("RLE counts that do not fill the image")
-                rle = pycocotools.mask.frPyObjects(rle, ref.height, ref.width)
+            counts = rle["counts"]
+            counts = counts if isinstance(counts, list) else run_lengths_of(counts)
+            # pycocotools leaves the rest of a short one undefined.
+            if any(type(n) is not int or n < 0 for n in counts) or sum(counts) != (
+                    ref.height * ref.width):
+                raise DataError("RLE counts that do not fill the image")
+            rle = pycocotools.mask.frPyObjects({"size": rle["size"], "counts": counts},
+                                               ref.height, ref.width)
         else:
             # Two points are no area (and pycocotools would take them for a box).
             polygons = [polygon for polygon in ref.segmentation
                         if len(polygon) >= 6 and len(polygon) % 2 == 0]
-            if not polygons or not np.isfinite(np.concatenate(polygons)).all():
+            if not polygons:
                 raise DataError("no polygon of three points or more")
+            # pycocotools takes memory for every pixel of an outline, also outside of the image.
+            if not (np.abs(np.concatenate(polygons)) < 4 * max(ref.width, ref.height)).all():
+                raise DataError("coordinates far outside of the image")
             rle = pycocotools.mask.merge(
                 pycocotools.mask.frPyObjects(polygons, ref.height, ref.width))
         mask = pycocotools.mask.decode(rle)
         if not mask.any():
             raise DataError("an empty mask")
     except (DataError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"ref {ref.id} of {ref.image}: unusable segmentation in instances.json "
-                        f"({error}), {ref.width}x{ref.height}") from None
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"ref {ref.id} of {ref.image}, {ref.width}x{ref.height}: unusable "
+                        f"segmentation in instances.json ({what})") from None
     return mask
 
 
@@ -779,3 +808,5 @@ if __name__ == "__main__":
     except (DataError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

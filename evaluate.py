@@ -196,14 +196,17 @@ def save_picture(picture, path):
         picture.save(file, PICTURES[Path(path).suffix.lower()])
 
 
-def check_outputs(pictures, others):
-    """DataError, before any work is done, for an output that could not be written."""
-    for path in (Path(path) for path in (*pictures, *others) if path is not None):
+def check_outputs(pictures, others, photo=None):
+    """DataError, before any work is done, for an output (Path) that could not be written."""
+    taken = {Path(photo).resolve()} if photo else set()
+    for path in (*pictures, *others):
         if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise data.DataError(f"{path}: not a file in a folder that can be written to")
-    for path in pictures:
-        if path is not None and Path(path).suffix.lower() not in PICTURES:
+        if path in pictures and path.suffix.lower() not in PICTURES:
             raise data.DataError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
+        if path.resolve() in taken:
+            raise data.DataError(f"{path}: would be written over another picture of this call")
+        taken.add(path.resolve())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,6 +228,8 @@ def processes():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield rank, world, device
+        if world > 1:
+            dist.barrier()              # nobody leaves before the first process has saved all
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -268,12 +273,20 @@ def load_checkpoint(path, args, device):
     """The model of a checkpoint, its tokenizer, and the name of the data it was trained on."""
     checkpoint = model.read_checkpoint(path)
     net = model.restore(path, checkpoint, args.vision_weights, args.text_weights).to(device)
-    vocabulary = checkpoint.get("vocabulary") or {}
-    if args.vocabulary is None and "text" in vocabulary:
-        tokenizer = data.Tokenizer(vocabulary["text"].encode())
-    else:
-        tokenizer = data.Tokenizer(model.find_published("vocabulary", args.vocabulary))
-    return net, tokenizer, checkpoint.get("run", {}).get("dataset")
+    vocabulary = model.find_published("vocabulary", args.vocabulary) if (
+        args.vocabulary or "text" not in checkpoint["vocabulary"]) else (
+        str(checkpoint["vocabulary"]["text"]).encode())
+    return net, make_tokenizer(vocabulary, net.config), checkpoint["run"].get("dataset")
+
+
+def make_tokenizer(vocabulary, config):
+    """The tokenizer of a file (or its bytes). ConfigError where the text tower knows fewer ids."""
+    tokenizer = data.Tokenizer(vocabulary)
+    if tokenizer.size > model.TEXT[config.text].vocabulary:
+        name = "the vocabulary" if isinstance(vocabulary, bytes) else vocabulary
+        raise model.ConfigError(f"{name} has {tokenizer.size} entries, more than the text tower "
+                                f"{config.text} knows")
+    return tokenizer
 
 
 def predict_one(args, device, dtype):
@@ -282,11 +295,16 @@ def predict_one(args, device, dtype):
     net, tokenizer, _ = load_checkpoint(args.ckpt[0], args, device)
     mask = predict(net, tokenizer, photo, args.text, device, dtype)
     output = Path(args.output)
-    plain = output.with_name(f"{output.stem}-mask.png")
+    plain = mask_path(output)
     save_picture(singled_out(photo, mask), output)
     save_picture(Image.fromarray(mask.astype(np.uint8) * 255), plain)
     print(f"{output}: the photo with its mask; {plain}: the mask alone, {photo.width}x"
           f"{photo.height}, {100 * mask.mean():.1f}% of the pixels")
+
+
+def mask_path(output):
+    """Where the plain mask goes that belongs to the picture OUTPUT."""
+    return output.with_name(f"{output.stem}-mask.png")
 
 
 def evaluate_all(args, rank, world, device, dtype):
@@ -299,7 +317,8 @@ def evaluate_all(args, rank, world, device, dtype):
         if name == "mixed":
             raise data.DataError("mixed is for training; evaluate on one of its parts: --dataset "
                                  + ", ".join(data.MIXED))
-        splits = args.split or data.held_out_splits(args.data, name, args.skip_broken)
+        splits = dict.fromkeys(
+            args.split or data.held_out_splits(args.data, name, args.skip_broken))
         for place, split in enumerate(splits):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
@@ -369,7 +388,9 @@ def main():
         parser.error("--panel shows a single --ckpt")
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size is at least 1, --workers at least 0")
-    check_outputs((args.panel, args.output), (args.json,))
+    outputs = [Path(path) for path in (args.panel, args.output) if path is not None]
+    check_outputs([*outputs, *([mask_path(Path(args.output))] if args.output else [])],
+                  [Path(args.json)] if args.json else [], args.image)
     with processes() as (rank, world, device):
         dtype = precision_type(args.precision, device)
         if args.image is not None:

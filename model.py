@@ -158,10 +158,13 @@ def check(config):
             raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
                               f"there are {', '.join(table)}")
     vision, text = VISION[config.vision], TEXT[config.text]
-    for field in ("image_size", "length", "visual_adapter_rank", "text_adapter_rank", "head_width",
-                  "head_heads", "head_layers", "batch_size", "lr", "epochs", "decay_epoch"):
-        if not getattr(config, field) > 0:
-            raise ConfigError(f"{field} is {getattr(config, field)}; it must be above 0")
+    for field, most in (("image_size", 4096), ("length", 1000), ("visual_adapter_rank", 8192),
+                        ("text_adapter_rank", 8192), ("head_width", 8192), ("head_heads", 8192),
+                        ("head_layers", 100), ("batch_size", 10**6), ("lr", 1e3),
+                        ("epochs", 10**6), ("decay_epoch", 10**6)):
+        if not 0 < getattr(config, field) <= most:
+            raise ConfigError(f"{field} is {getattr(config, field)}; it must be above 0 and at "
+                              f"most {most}")
     if config.image_size % vision.patch:
         near = max(1, round(config.image_size / vision.patch)) * vision.patch
         raise ConfigError(f"image_size {config.image_size} is no multiple of the patch size "
@@ -272,8 +275,9 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path}: could not be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:      # ValueError: a picture too large for its format
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: could not be written: {reason}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -299,18 +303,29 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     checkpoint = backbones.read_file(path)
-    if not isinstance(checkpoint, dict) or not {"config", "towers", "tensors"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(part), dict) for part in ("config", "towers", "tensors")):
         raise WeightsError(f"{path}: not a checkpoint of this project (config, towers, tensors)")
+    if checkpoint["towers"].keys() != {"vision", "text"} or not all(
+            source is None or isinstance(source, dict) and source.keys() == {"file", "sha256"}
+            for source in checkpoint["towers"].values()):
+        raise WeightsError(f"{path}: its towers are not a file and its sha256 each")
+    for part in ("run", "vocabulary"):      # train.py's additions
+        if not isinstance(checkpoint.setdefault(part, {}), dict):
+            raise WeightsError(f"{path}: its {part} is not a table")
     return checkpoint
 
 
 def restore_config(path, values):
     """The Config that a checkpoint holds."""
     try:
-        config = Config(**{name: tuple(value) if isinstance(value, list) else value
-                           for name, value in values.items()})
+        config = Config(**values)
+        for field in fields(Config):
+            value, kind = getattr(config, field.name), type(field.default)
+            if type(value) is not kind or kind is tuple and any(type(i) is not int for i in value):
+                raise ConfigError(f"{field.name} is {value!r}")
         check(config)
-    except (TypeError, AttributeError, ConfigError) as error:
+    except (TypeError, ConfigError) as error:
         raise WeightsError(f"{path}: its configuration cannot be built: {error}") from None
     return config
 
@@ -329,13 +344,15 @@ def restore(path, checkpoint, vision_weights=None, text_weights=None):
     config = restore_config(path, checkpoint["config"])
     weights = []
     for kind, given in (("vision", vision_weights), ("text", text_weights)):
-        source = checkpoint["towers"].get(kind)
-        weights.append(find_published(getattr(config, kind), given) if source else None)
+        name = getattr(config, kind)
+        if checkpoint["towers"][kind] and name not in PUBLISHED:
+            raise WeightsError(f"{path}: the {kind} tower {name!r} comes from no file")
+        weights.append(find_published(name, given) if checkpoint["towers"][kind] else None)
     model = assemble(config, *weights)
     for kind, source in checkpoint["towers"].items():
         if source and source["sha256"] != model.sources[kind]["sha256"]:
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
-                               f"{source['sha256'][:16]}..., but the file at hand has "
+                               f"{str(source['sha256'])[:16]}..., but the file at hand has "
                                f"{model.sources[kind]['sha256'][:16]}...")
     tuned = tuned_tensors(model).keys()
     frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in tuned}

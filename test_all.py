@@ -629,14 +629,25 @@ class Checkpoints(unittest.TestCase):
                 ("shape", lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
                 ("field", lambda c: c["config"].update(colour=1), "colour"),
                 ("value", lambda c: c["config"].update(image_size=81), "image_size 81"),
+                ("type", lambda c: c["config"].update(head_heads=True), "head_heads is True"),
+                ("layers", lambda c: c["config"].update(head_layers=10**9), "at most 100"),
+                ("entry", lambda c: c["tensors"].update({first: "x"}), "not a plain tensor"),
+                ("nan", lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}),
+                 "not finite"),
+                ("towers", lambda c: c.update(towers={"vision": 5, "text": None}), "its towers"),
+                ("run", lambda c: c.update(run=5), "its run is not a table"),
                 ("part", lambda c: c.pop("towers"), "not a checkpoint")):
             changed = {**held, "tensors": dict(held["tensors"]), "config": dict(held["config"])}
             change(changed)
             torch.save(changed, place / f"{name}.pt")
             with self.subTest(name), self.assertRaisesRegex(backbones.WeightsError, message):
                 model.load(place / f"{name}.pt")
-        with self.assertRaisesRegex(backbones.WeightsError, "half.pt: not a readable"):
-            model.load(place / "half.pt")
+        flipped = bytearray(whole)
+        flipped[len(whole) // 3] ^= 0x40
+        (place / "flipped.pt").write_bytes(flipped)
+        for name in ("half", "flipped"):
+            with self.assertRaisesRegex(backbones.WeightsError, f"{name}.pt: not a readable"):
+                model.load(place / f"{name}.pt")
         (place / "code.pt").write_bytes(pickle.dumps(Harm(place / "harmed")))
         with self.assertRaises(backbones.WeightsError):
             model.load(place / "code.pt")
@@ -908,10 +919,21 @@ class Refer(unittest.TestCase):
                 [[-9, -9, -5, -9, -5, -5]], {"size": [60, 80]},
                 {"size": [80, 60], "counts": [4800]},
                 {"size": [60, 80], "counts": [4000]}, {"size": [60, 80], "counts": [4800]},
-                {"size": [60, 80], "counts": [-1, 4801]}, {"size": 3, "counts": [4800]}):
+                {"size": [60, 80], "counts": [-1, 4801]}, {"size": 3, "counts": [4800]},
+                {"size": [60, 80], "counts": ""}, {"size": [60, 80], "counts": "~~~"},
+                {"size": [60, 80], "counts": [4799.5, 0.5]},
+                {"size": [60, 80], "counts": self.compressed(np.eye(60, 80, dtype=np.uint8))[
+                    "counts"][:20]}, [[4e8, 4e8, -4e8, -4e8, 4e8, 0]]):
             with self.subTest(segmentation), self.assertRaisesRegex(
                     data.DataError, "ref 111 of .*unusable segmentation"):
                 data.decode_mask(ref._replace(segmentation=segmentation))
+
+    def test_compressed_run_lengths(self):
+        for seed in range(20):
+            mask = np.random.default_rng(seed).random((37, 23)) < 0.02 * seed
+            rle = self.compressed(mask.astype(np.uint8))
+            counts = data.run_lengths(mask.astype(np.uint8))["counts"]
+            self.assertEqual(data.run_lengths_of(rle["counts"]), counts)
 
     def test_broken_photos_are_refused(self):
         place = folder(self)
@@ -924,6 +946,9 @@ class Refer(unittest.TestCase):
                 data.read_photo(place / name)
         with self.assertRaisesRegex(data.DataError, "no such image"):
             data.read_photo(place / "gone.jpg")
+        Image.new("F", (8, 8)).save(place / "float.tiff")
+        with self.assertRaisesRegex(data.DataError, "float.tiff.*32-bit"):
+            data.read_photo(place / "float.tiff")
         Image.new("1", (20_000, 10_000)).save(place / "huge.png")
         with self.assertRaisesRegex(data.DataError, "huge.png"):
             data.read_photo(place / "huge.png")
@@ -1294,6 +1319,33 @@ class Runs(unittest.TestCase):
                 self.assertEqual(len(lines), 1, err)
                 self.assertRegex(lines[0], message)
         self.assertFalse((place / "o.png").exists())
+
+    def test_a_diverged_run_saves_nothing(self):
+        """And its folder can be used again: it holds no run."""
+        out, loss_of = self.root / "diverged", model.text_to_pixel_loss
+        with mock.patch.object(model, "text_to_pixel_loss",
+                               lambda logits, masks: loss_of(logits, masks) * math.nan):
+            status, _, err = program(train, *self.small, "--out", out)
+        self.assertEqual(status, 2)
+        self.assertRegex(err, "the loss of epoch 1 is nan; nothing of it is saved")
+        self.assertFalse((out / "last.pt").exists())
+        self.assertEqual(program(train, *self.small, "--epochs", "1", "--out", out)[0], 0)
+
+    def test_best_pt_cannot_be_resumed(self):
+        out = self.root / "copied"
+        out.mkdir()
+        (out / "last.pt").write_bytes((self.root / "first" / "best.pt").read_bytes())
+        status, _, err = program(train, *self.small, "--out", out, "--resume")
+        self.assertEqual(status, 2)
+        self.assertIn("a best.pt cannot be resumed", err)
+
+    def test_nothing_is_written_over_the_photo(self):
+        photo = self.root / "same.png"
+        Image.new("RGB", (50, 50), "white").save(photo)
+        status, _, err = program(evaluate, "--ckpt", self.root / "first" / "best.pt", "--image",
+                                 photo, "--text", "it", "--output", photo)
+        self.assertEqual(status, 2)
+        self.assertIn("written over", err)
 
     def test_empty_words(self):
         photo = self.root / "white.png"

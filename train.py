@@ -14,6 +14,7 @@ curves.png, and TensorBoard's events where that is installed.
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 import types
@@ -160,29 +161,49 @@ def peak_memory_gb(device):
 # The run
 # ---------------------------------------------------------------------------------------------
 
-def from_first(value, world):
-    """The first process's value, in all of them."""
-    if world > 1:
-        box = [value]
-        dist.broadcast_object_list(box)
-        value = box[0]
-    return value
+def from_first(make, rank, world):
+    """What `make()` gives in the first process, in all of them; an error, too, is everybody's."""
+    if world == 1:
+        return make()
+    box = [None, None]
+    if rank == 0:
+        try:
+            box[0] = make()
+        except (OSError, ValueError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def run_folder(args):
     """The folder of this run: OUT, or the first free (resuming: the last used) runs/PRESET[-N]."""
+    def used(folder):
+        log = folder / "log.jsonl"
+        return (folder / "last.pt").exists() or log.exists() and log.stat().st_size > 0
+
     if args.out:
         out = Path(args.out)
-        if (out / "log.jsonl").exists() and not args.resume:
+        if used(out) and not args.resume:
             raise FileExistsError(f"{out} holds a run already; --resume goes on with it, another "
                                   f"--out starts afresh")
+        if out.exists() and not out.is_dir():
+            raise NotADirectoryError(f"{out} is a file; --out names a folder")
     else:
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
-        free = next(i for i, name in enumerate(names) if not name.exists())
-        out = names[max(0, free - 1) if args.resume else free]
+        out = next(name for name in names if not name.exists())
+        if args.resume:
+            out = max((name for name in names if (name / "last.pt").exists()),
+                      key=names.index, default=names[0])
     if args.resume and not (out / "last.pt").exists():
         raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume")
     return out
+
+
+def draw_if_missing(args):
+    if args.dataset == "shapes" and not (Path(args.data) / "shapes").exists():
+        data.draw_shapes(args.data)
 
 
 def find_vocabulary(args, config):
@@ -214,11 +235,7 @@ def load_data(args, config, rank):
     if broken and rank == 0:
         print(f"{broken} broken entries left out of train, val and all other splits",
               file=sys.stderr)
-    vocabulary = find_vocabulary(args, config)
-    tokenizer = data.Tokenizer(vocabulary)
-    if tokenizer.size > model.TEXT[config.text].vocabulary:
-        raise model.ConfigError(f"{vocabulary} has {tokenizer.size} entries, more than the text "
-                                f"tower {config.text} knows")
+    tokenizer = evaluate.make_tokenizer(find_vocabulary(args, config), config)
     size = config.image_size, config.length
     return (tokenizer, data.TrainSet(refs, tokenizer, *size, args.seed, args.skip_broken),
             data.ExpressionSet(val_refs, tokenizer, *size, args.skip_broken))
@@ -233,7 +250,10 @@ def load_model(args, config, run, out):
         return model.assemble(config, *weights), None
     path = out / "last.pt"
     checkpoint = model.read_checkpoint(path)
-    before = {**checkpoint["config"], **checkpoint.get("run", {})}
+    if not {"epoch", "best", "optimizer", "scaler"} <= checkpoint.keys():
+        raise model.WeightsError(f"{path}: not the last.pt of a run (epoch, best, optimizer, "
+                                 f"scaler); a best.pt cannot be resumed")
+    before = {**checkpoint["config"], **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
                  for key, value in {**asdict(config), **run}.items() if before.get(key) != value]
     if different:
@@ -246,10 +266,8 @@ def train(args, config, rank, world, device):
     pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
     dtype = evaluate.precision_type(args.precision, device)
     run = describe_run(args, dtype)
-    out = from_first(run_folder(args) if rank == 0 else None, world)
-    if args.dataset == "shapes" and rank == 0 and not (Path(args.data) / "shapes").exists():
-        data.draw_shapes(args.data)
-    from_first(None, world)                             # nobody reads before it is drawn
+    out = from_first(lambda: run_folder(args), rank, world)
+    from_first(lambda: draw_if_missing(args), rank, world)
     tokenizer, train_set, val_set = load_data(args, config, rank)
     net, checkpoint = load_model(args, config, run, out)
     net.to(device)
@@ -281,6 +299,9 @@ def train(args, config, rank, world, device):
             loss, skipped = train_epoch(parallel, optimizer, scaler, loader, pieces, device, dtype,
                                         bar)
         trained = time.time() - begun
+        if not math.isfinite(loss):
+            raise model.ConfigError(f"the loss of epoch {epoch} is {loss}; nothing of it is saved, "
+                                    f"{out} is as it was after epoch {epoch - 1}; try a lower --lr")
         table = evaluate.overlaps(net, val_set, device, dtype, config.batch_size, args.workers,
                                   rank, world, "validating")
         if rank > 0:
@@ -311,8 +332,13 @@ class Log:
         self.out, self.rows = out, []
         out.mkdir(parents=True, exist_ok=True)
         if first_epoch > 1:
-            lines = (out / "log.jsonl").read_text().splitlines()
-            self.rows = [row for row in map(json.loads, lines) if row["epoch"] < first_epoch]
+            try:
+                rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+                self.rows = [row for row in rows if row["epoch"] < first_epoch
+                             and {"loss", "miou", "oiou"} <= row.keys()]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise data.DataError(f"{out / 'log.jsonl'}: damaged ({error}); mend or remove the "
+                                     f"line") from None
         self.write()                # the folder is taken, and better now than later if it cannot be
         self.board = None
         with contextlib.suppress(ImportError):
@@ -380,6 +406,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.workers < 0 or args.micro_batch < 0:
         parser.error("--workers and --micro-batch are at least 0")
+    if not 0 <= args.seed < 2**31:
+        parser.error("--seed is from 0 to 2147483647")
     args.dataset = args.dataset or ("shapes" if args.preset == "shapes" else None)
     if args.dataset is None:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
