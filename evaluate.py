@@ -13,6 +13,7 @@ expressions whose IoU is above 0.5. They differ by several points: compare like 
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -232,6 +233,7 @@ def processes():
             dist.barrier()              # nobody leaves before the first process has saved all
     finally:
         if world > 1:
+            gc.collect()                # DistributedDataParallel, whose threads must end first
             dist.destroy_process_group()
 
 
