@@ -134,7 +134,7 @@ def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
         truth = np.asarray(mask) > 0
         predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
         iou = (predicted & truth).sum() / (predicted | truth).sum()
-        cells.append(example(photo, truth, predicted, f"{sentence}", f"IoU {100 * iou:.1f}", tile))
+        cells.append(example(photo, truth, predicted, sentence, f"IoU {100 * iou:.1f}", tile))
     rows = -(-len(cells) // columns)
     width, height = 3 * tile + 40, tile + 44
     sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
