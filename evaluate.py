@@ -372,7 +372,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--dataset", metavar="NAME",
-                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes or a "
+                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, shapes or a "
                              "folder of DATA (default: what the checkpoint was trained on)")
     parser.add_argument("--split", nargs="+", metavar="SPLIT", help="default: all but train")
     parser.add_argument("--json", metavar="OUT.json", help="also write the figures here")

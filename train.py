@@ -392,7 +392,8 @@ def parse_arguments():
     parser.add_argument("--random-towers", action="store_true",
                         help="towers without their weights, e.g. to try out a machine")
     evaluate.add_shared_arguments(parser)
-    group = parser.add_argument_group("fields of the configuration", "default: the preset's")
+    group = parser.add_argument_group("fields of the configuration",
+                                      "default: the preset's; model.Config says what each is")
     types_of = typing.get_type_hints(model.Config)
     for field in fields(model.Config):
         kind = types_of[field.name]
