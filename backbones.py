@@ -463,13 +463,13 @@ def filled(tower_class, shape, state, path, names):
     return freeze(tower)
 
 
-def fill(module, state, path, names=()):
-    """Puts the tensors of `state` in place of all of `module`'s.
+def fill(module, state, path, names=(), expected=None):
+    """Puts the tensors of `state` in place of all of `module`'s, or of those in `expected`.
 
     `names` translates the module's own names into those of the file. Raises WeightsError that
     names, in the file's words, the first tensor missing, unexpected or misshapen, and their count.
     """
-    own, theirs = module.state_dict(), {}
+    own, theirs = module.state_dict() if expected is None else expected, {}
     for name in own:
         other = name
         for pattern, replacement in names:
@@ -494,7 +494,8 @@ def fill(module, state, path, names=()):
             raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: "
                                f"{found[0]}{detail}")
     module.load_state_dict({theirs[n]: tensor.to(own[theirs[n]].dtype)
-                            for n, tensor in state.items()}, assign=True)
+                            for n, tensor in state.items()},
+                           strict=expected is None, assign=True)
 
 
 def sha256(path):

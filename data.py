@@ -76,6 +76,7 @@ def kinds(text):
     return "".join(map(kind, text))
 
 
+@functools.cache
 def byte_symbols():
     """CLIP's printable character for each of the 256 bytes, in the order of its vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
@@ -83,6 +84,12 @@ def byte_symbols():
     others = [b for b in range(256) if b not in printable]
     return dict(zip(printable + others,
                     [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
+
+
+def symbols_of(piece):
+    """The symbols of a piece of text before any merge: its bytes, the last marked as the end."""
+    *word, last = (byte_symbols()[b] for b in piece.encode("utf-8", errors="replace"))
+    return (*word, last + "</w>")
 
 
 def merge_pair(word, pair):
@@ -122,7 +129,6 @@ class Tokenizer:
         vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs]
         self.ids = {symbol: i for i, symbol in enumerate([*vocabulary, START, END])}
         self.ranks = {pair: i for i, pair in enumerate(pairs)}
-        self.bytes = byte_symbols()
         self.size = len(vocabulary) + 2
         self.known = {START: [self.ids[START]], END: [self.ids[END]]}      # piece -> ids
 
@@ -130,8 +136,7 @@ class Tokenizer:
         """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
         if piece in self.known:
             return self.known[piece]
-        word = tuple(self.bytes[b] for b in piece.encode("utf-8", errors="replace"))
-        word = (*word[:-1], word[-1] + "</w>")
+        word = symbols_of(piece)
         while len(word) > 1:
             pair = min(zip(word, word[1:]), key=lambda p: self.ranks.get(p, math.inf))
             if pair not in self.ranks:
@@ -652,7 +657,7 @@ def expressions(figure, figures, margin):
 
 
 def draw_scene(rng, figures, width, height):
-    """The picture of a scene: figures on a shaded, slightly noisy ground, antialiased."""
+    """The picture of a scene: figures on a plain, slightly noisy ground, antialiased."""
     fine = 4
     ground = tuple(rng.randint(200, 245) for _ in range(3))
     image = Image.new("RGB", (width * fine, height * fine), ground)
@@ -736,11 +741,7 @@ def draw_one(rng, image_id, split, folder, images, annotations, refs):
 
 def learn_merges(texts, most=510):
     """Byte-pair merges learned from texts: the most frequent pair again and again."""
-    symbols = byte_symbols()
-    words = Counter()
-    for piece, times in Counter(p for text in texts for p in clean(text).split()).items():
-        word = [symbols[b] for b in piece.encode()]
-        words[(*word[:-1], word[-1] + "</w>")] += times
+    words = Counter(symbols_of(piece) for text in texts for piece in clean(text).split())
     merges = []
     while len(merges) < most:
         pairs = Counter()

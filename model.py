@@ -152,8 +152,7 @@ def configure(name, **overrides):
 
 def check(config):
     """Raises ConfigError, naming the field, for a configuration that no model can have."""
-    for field, table in (("method", METHODS), ("vision", VISION),
-                         ("text", TEXT)):
+    for field, table in (("method", METHODS), ("vision", VISION), ("text", TEXT)):
         if getattr(config, field) not in table:
             raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
                               f"there are {', '.join(table)}")
@@ -205,8 +204,7 @@ def assemble(config, vision_weights=None, text_weights=None):
     towers, sources = {}, {}
     for kind, path, tower_class, shapes, read in (
             ("vision", vision_weights, backbones.ViT, VISION, backbones.load_vision),
-            ("text", text_weights, backbones.TextTransformer, TEXT,
-             backbones.load_text)):
+            ("text", text_weights, backbones.TextTransformer, TEXT, backbones.load_text)):
         expected = shapes[getattr(config, kind)]
         if path is None:
             tower, sources[kind] = tower_class(expected), None
@@ -354,9 +352,7 @@ def restore(path, checkpoint, vision_weights=None, text_weights=None):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
                                f"{str(source['sha256'])[:16]}..., but the file at hand has "
                                f"{model.sources[kind]['sha256'][:16]}...")
-    tuned = tuned_tensors(model).keys()
-    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in tuned}
-    backbones.fill(model, {**frozen, **checkpoint["tensors"]}, path)
+    backbones.fill(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
     return model.eval()
 
 

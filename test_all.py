@@ -608,6 +608,12 @@ class Checkpoints(unittest.TestCase):
             images, tokens = torch.randn(1, 3, 56, 56), torch.tensor([[298, 4, 299]])
             again = model.load(place / "a.pt")
             self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
+            self.assertFalse(any(p.requires_grad for p in again.vision.parameters()))
+            name = "vision.class_token"         # a frozen tower is its file's alone
+            tensors = {**held["tensors"], name: net.vision.class_token + 1}
+            torch.save({**held, "tensors": tensors}, place / "b.pt")
+            with self.assertRaisesRegex(backbones.WeightsError, f"unexpected, the first: {name}"):
+                model.load(place / "b.pt")
             torch.save(dinov2_state(64, grid=4), place / "v.pth")         # other numbers
             with self.assertRaisesRegex(backbones.WeightsError, "SHA-256"):
                 model.load(place / "a.pt")
@@ -1339,19 +1345,21 @@ class Runs(unittest.TestCase):
         self.assertEqual(status, 2)
         self.assertIn("a best.pt cannot be resumed", err)
 
-    def test_nothing_is_written_over_the_photo(self):
-        photo = self.root / "same.png"
+    def predict_white(self, photo, text, output):
+        """Status and errors of a prediction on a white photo."""
         Image.new("RGB", (50, 50), "white").save(photo)
         status, _, err = program(evaluate, "--ckpt", self.root / "first" / "best.pt", "--image",
-                                 photo, "--text", "it", "--output", photo)
+                                 photo, "--text", text, "--output", output)
+        return status, err
+
+    def test_nothing_is_written_over_the_photo(self):
+        photo = self.root / "same.png"
+        status, err = self.predict_white(photo, "it", photo)
         self.assertEqual(status, 2)
         self.assertIn("written over", err)
 
     def test_empty_words(self):
-        photo = self.root / "white.png"
-        Image.new("RGB", (50, 50), "white").save(photo)
-        status, _, err = program(evaluate, "--ckpt", self.root / "first" / "best.pt", "--image",
-                                 photo, "--text", " &nbsp; ", "--output", self.root / "e.png")
+        status, err = self.predict_white(self.root / "white.png", " &nbsp; ", self.root / "e.png")
         self.assertEqual(status, 2)
         self.assertIn("the expression is empty", err)
         self.assertFalse((self.root / "e.png").exists())

@@ -192,10 +192,10 @@ def run_folder(args):
             raise NotADirectoryError(f"{out} is a file; --out names a folder")
     else:
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
-        out = next(name for name in names if not name.exists())
         if args.resume:
-            out = max((name for name in names if (name / "last.pt").exists()),
-                      key=names.index, default=names[0])
+            out = [names[0], *(name for name in names if (name / "last.pt").exists())][-1]
+        else:
+            out = next(name for name in names if not name.exists())
     if args.resume and not (out / "last.pt").exists():
         raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume")
     return out
