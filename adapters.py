@@ -3,10 +3,15 @@
 DCRIS (Xu et al., 2024) trains two of them. The text adapter bends the text tower a little; the
 DenseCross adapter brings into the vision tower what its pretraining lacked: detail at several
 scales (convolutions on the grid of patches) and language (attention to the words).
+
+BarLeRIa (Wang et al., 2024) adapts CLIP's two towers with normalizing flows on their shortcuts,
+lets each tower's tokens visit the other (`Intertwiner`), and runs a narrow network beside them that
+holds on to what the sentence as a whole is about (`global_prior`, `GlobalShortcutTuning`).
 """
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 SCALE = 0.2         # of an adapter's output, as in the authors' program
 
@@ -114,3 +119,153 @@ def kaiming(module):
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# BarLeRIa
+# ---------------------------------------------------------------------------------------------
+
+class NormalizingFlow(nn.Module):
+    """BarLeRIa Eq. 1, on a block's shortcut: an affine map, then `steps` planar flows.
+
+        z_0 = mu + exp(log_sigma) * x,      z_j = z_{j-1} + scale_j * tanh(w_j . z_{j-1} + b_j)
+
+    for every token x of (B, N, width). The paper prints a vector b_j and an elementwise product
+    with w_j, and no affine map; its table's 0.18 million parameters are met by what the authors'
+    program has: a scalar b_j, the inner product, and the map in front. Starts next to the identity
+    (all zero: exactly the identity). No log-Jacobian enters the loss (appendix A.2).
+    """
+
+    def __init__(self, width, steps):
+        super().__init__()
+        self.mu = nn.Parameter(torch.zeros(width))
+        self.log_sigma = nn.Parameter(torch.zeros(width))
+        self.w, self.scale = (nn.Parameter(torch.empty(steps, width)) for _ in range(2))
+        self.b = nn.Parameter(torch.empty(steps))
+        for parameter in (self.w, self.scale, self.b):
+            nn.init.uniform_(parameter, -0.01, 0.01)
+
+    def forward(self, x):
+        z = self.mu + self.log_sigma.exp() * x
+        for w, scale, b in zip(self.w, self.scale, self.b):
+            z = z + scale * torch.tanh(z @ w + b)[..., None]
+        return z
+
+
+def bottleneck(width, rank, out_width):
+    """Down - ReLU - Up."""
+    return nn.Sequential(nn.Linear(width, rank), nn.ReLU(), nn.Linear(rank, out_width))
+
+
+class Intertwiner(nn.Module):
+    """The projections of BarLeRIa Eq. 2-3, by which each tower's tokens visit the other.
+
+    Words (B, L, text_width) become guests of the vision tower, the class token
+    (B, 1, vision_width) a guest of the text tower. One pair serves all layers. The paper writes
+    W_proj, one matrix; the 0.39 million parameters of its table are met with two narrow layers.
+    """
+
+    def __init__(self, vision_width, text_width, rank):
+        super().__init__()
+        self.words = bottleneck(text_width, rank, vision_width)
+        self.class_token = bottleneck(vision_width, rank, text_width)
+        for layer in (*self.words, *self.class_token):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, words, class_token):
+        return self.words(words), self.class_token(class_token)
+
+
+def global_prior(words, patches, padding):
+    """BarLeRIa Eq. 4: every token, weighted by its likeness to the expression. No parameters.
+
+    Words (B, L, E) and patches (B, N, E) are in CLIP's common space, padding (B, L) is True where
+    there is no word. Returns (B, L + N, E). The weight is the cosine similarity to the mean of the
+    expression's words, cut off at 0; the paper leaves open how one number comes from F_l's many
+    words. Without gradient, so that the prior does not pull on the towers.
+    """
+    words, patches = words.detach(), patches.detach()
+    real = ~padding[..., None]
+    meaning = (words * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)       # (B, 1, E)
+    tokens = torch.cat([words, patches], dim=1)
+    return F.cosine_similarity(tokens, meaning, dim=-1).clamp(0, 1)[..., None] * tokens
+
+
+class GlobalBlock(nn.Module):
+    """A pre-norm transformer block whose attention also mixes the global prior, BarLeRIa Eq. 6.
+
+    x and prior p_i: (B, N, width). The values are x W_v + p_i W_p.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.prior = nn.Linear(width, width, bias=False)        # W_p
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, prior):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for t in (q, k, v + self.prior(prior)))      # (B, heads, N, width/heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class GlobalShortcutTuning(nn.Module):
+    """BarLeRIa Eq. 5-8: a narrow transformer beside the towers, steered by the global prior.
+
+    Its tokens are [queries, words, image]. After each of its blocks the image's take in those of
+    one stage of the vision tower, without gradient, so that this network and the one inside the
+    towers do not fight. The image tokens have a patch layer and a grid of positions of their own.
+    """
+
+    def __init__(self, vision_width, text_width, embed, out_width, width, heads, blocks, queries,
+                 rank, patch, side):
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(1, queries, width))
+        self.words = bottleneck(text_width, rank, width)
+        self.patch = nn.Conv2d(3, width, patch, stride=patch)
+        self.position = nn.Parameter(torch.zeros(1, side * side, width))
+        self.side = side
+        self.priors = nn.ModuleList(nn.Linear(embed, width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(GlobalBlock(width, heads) for _ in range(blocks))
+        self.stage = nn.Sequential(nn.LayerNorm(vision_width), nn.Linear(vision_width, width))
+        self.out = nn.Linear(width, out_width)
+        for parameter in (self.queries, self.position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, images, words, prior, stages, grid):
+        """Images (B, 3, S, S), words (B, L, D), prior (B, L + h*w, E) to F_out^M (B, out, h, w).
+
+        `stages` are the vision tower's patch tokens (B, h*w, D) on the grid (h, w), one a block.
+        """
+        x = self.patch(images)
+        own_grid = x.shape[-2:]                     # floor(S / patch), and the tower's from I_2 on
+        image = x.flatten(2).transpose(1, 2)
+        image = image + resized(self.position, (self.side, self.side), own_grid)
+        others = torch.cat([self.queries.expand(len(images), -1, -1), self.words(words)], dim=1)
+        prior_words, prior_patches = prior.split([words.shape[1], stages[0].shape[1]], dim=1)
+        for project, block, stage in zip(self.priors, self.blocks, stages):
+            p = project(torch.cat([prior_words, resized(prior_patches, grid, own_grid)], dim=1))
+            p = F.pad(p, (0, 0, self.queries.shape[1], 0))      # queries have none
+            x = block(torch.cat([others, image], dim=1), p)                         # Eq. 5, 7
+            others, image = x.split([others.shape[1], image.shape[1]], dim=1)
+            image = resized(image, own_grid, grid) + self.stage(stage.detach())     # Eq. 8
+            own_grid = grid
+        return self.out(image).transpose(1, 2).unflatten(2, grid)
+
+
+def resized(tokens, grid, new_grid):
+    """Tokens (B, h*w, C) of one grid (h, w) to those of another, bilinearly."""
+    if tuple(grid) == tuple(new_grid):
+        return tokens
+    x = F.interpolate(tokens.transpose(1, 2).unflatten(2, grid), new_grid, mode="bilinear")
+    return x.flatten(2).transpose(1, 2)

@@ -5,7 +5,8 @@ The order in which two towers are stepped *is* the tuning method, and so it belo
 What a method hangs onto a block travels in an `Attached`; this file never mentions an adapter.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
-(https://github.com/openai/CLIP). Tokens are (B, N, D) everywhere.
+(https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA). Tokens are
+(B, N, D) everywhere.
 """
 
 import hashlib
@@ -49,6 +50,48 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
+class Form(NamedTuple):
+    """What sets one family of towers apart from another, beside its numbers."""
+    activation: Callable
+    eps: float = 1e-5               # of the LayerNorms
+    causal: bool = False            # a token sees itself and those before it
+    layer_scale: bool = False       # a learned factor per channel at the end of both branches
+    rotary: bool = False            # EVA-02: turned queries and keys, gated MLP, norms inside both
+    norm_before: bool = False       # a LayerNorm before the first block; patches have no bias
+    mask_token: bool = False        # of self-supervised pretraining
+    antialias: bool = False         # when the grid of positions is resized
+
+
+FORMS = {
+    "dinov2": Form(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
+    "clip": Form(quick_gelu, norm_before=True),
+    "eva": Form(F.silu, eps=1e-6, rotary=True),
+    "clip text": Form(quick_gelu, causal=True),
+    "eva text": Form(F.gelu, causal=True),
+}
+
+
+def attend(q, k, v, heads, causal=False, rotary=None):
+    """softmax(q k^T / sqrt(D/heads)) v for each head; all (B, N, D)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if rotary is not None:
+        q, k = turn(q, *rotary), turn(k, *rotary)
+    x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)           # (B, heads, N, D/heads)
+    return x.transpose(1, 2).flatten(2)
+
+
+def turn(x, cos, sin):
+    """Rotary positions: turns pairs of channels of the image's tokens, which are the last ones.
+
+    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.rotary`'s. Whatever stands
+    before the image has no place in it and stays as it is.
+    """
+    others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
+    first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
+    quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # turned by 90 degrees
+    return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused query-key-value layer."""
 
@@ -58,10 +101,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, causal=False):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)       # (B, heads, N, D/heads)
-        return self.out(x.transpose(1, 2).flatten(2))                       # (B, N, D)
+    def forward(self, x, causal=False, rotary=None):
+        return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, rotary))
+
+
+class InnerNormAttention(nn.Module):
+    """EVA-02's: keys have no bias, and a LayerNorm stands before the output layer."""
+
+    def __init__(self, width, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, causal=False, rotary=None):
+        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
+        return self.out(self.norm(x))
 
 
 class MLP(nn.Module):
@@ -73,6 +131,22 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(nn.Module):
+    """EVA-02's SwiGLU, with a LayerNorm before the last layer."""
+
+    def __init__(self, width, activation, eps):
+        super().__init__()
+        hidden = 8 * width // 3         # three matrices as large as the two of an ordinary MLP
+        self.gate = nn.Linear(width, hidden)
+        self.up = nn.Linear(width, hidden)
+        self.activation = activation
+        self.norm = nn.LayerNorm(hidden, eps)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
 
 
 class LayerScale(nn.Module):
@@ -89,18 +163,20 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block with three places for a tuning method (see `Attached`)."""
 
-    def __init__(self, width, heads, activation, eps, causal=False, layer_scale=False):
+    def __init__(self, width, heads, form):
         super().__init__()
-        self.causal = causal
-        self.norm1 = nn.LayerNorm(width, eps)
-        self.attention = Attention(width, heads)
-        self.scale1 = LayerScale(width) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width, activation)
-        self.scale2 = LayerScale(width) if layer_scale else nn.Identity()
+        self.causal = form.causal
+        self.norm1 = nn.LayerNorm(width, form.eps)
+        self.attention = (InnerNormAttention(width, heads, form.eps) if form.rotary else
+                          Attention(width, heads))
+        self.scale1 = LayerScale(width) if form.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, form.eps)
+        self.mlp = (GatedMLP(width, form.activation, form.eps) if form.rotary else
+                    MLP(width, form.activation))
+        self.scale2 = LayerScale(width) if form.layer_scale else nn.Identity()
 
-    def forward(self, x, attached=NOTHING):
-        attention = self.attention(self.norm1(x), self.causal)
+    def forward(self, x, attached=NOTHING, rotary=None):
+        attention = self.attention(self.norm1(x), self.causal, rotary)
         x = attached.attention_shortcut(x) + self.scale1(attention)
         normed = self.norm2(x)
         mlp = self.mlp(normed)
@@ -121,7 +197,9 @@ class VisionShape:
     depth: int
     heads: int
     grid: int               # side of the grid of learned positions
-    registers: int
+    registers: int = 0
+    embed: int = 0          # width of the space shared with the text, where there is one
+    form: str = "dinov2"    # a name in FORMS
 
 
 @dataclass(frozen=True)
@@ -133,45 +211,57 @@ class TextShape:
     embed: int              # width of the projected sentence
     vocabulary: int
     positions: int          # longest text, in tokens
+    form: str = "clip text"
 
 
 VISION = {
     "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
     "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
+    "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, form="clip"),
+    "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, form="clip"),
+    "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, form="eva"),
     "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
+    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, form="clip"),
 }
 TEXT = {
     "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
+    "clip-l": TextShape(768, 12, 12, embed=768, vocabulary=49408, positions=77),
+    "eva-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77, form="eva text"),
     "small": TextShape(96, 2, 3, embed=96, vocabulary=1024, positions=32),
 }
 
 
 class ViT(nn.Module):
-    """Vision transformer: DINOv2 with registers.
+    """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its form.
 
     Tokens are [class, registers, patches row by row], (B, 1 + registers + H/P * W/P, D). The
-    learned grid of positions is resized to the image's own grid, bicubically and antialiased, as
-    published. Raises ValueError where the patch does not divide the image.
+    learned grid of positions is resized to the image's own grid, bicubically as each publisher does
+    it (DINOv2's antialiased). Raises ValueError where the patch does not divide the image.
     """
 
     def __init__(self, shape):
         super().__init__()
-        self.shape = shape
+        self.shape, form = shape, FORMS[shape.form]
         self.prefix = 1 + shape.registers       # tokens that stand before the patches
         self.frozen = False
         width = shape.width
-        self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch)
+        self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch,
+                               bias=not form.norm_before)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.registers = nn.Parameter(torch.zeros(1, shape.registers, width))
+        self.registers = (nn.Parameter(torch.zeros(1, shape.registers, width))
+                          if shape.registers else None)
         self.position = nn.Parameter(torch.zeros(1, 1 + shape.grid ** 2, width))
-        # Only self-supervised pretraining uses the mask token; kept so that files load whole.
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        if form.mask_token:                     # without a use here; kept so that files load whole
+            self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.norm_before = nn.LayerNorm(width, form.eps) if form.norm_before else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(width, shape.heads, F.gelu, eps=1e-6, layer_scale=True)
-            for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+            Block(width, shape.heads, form) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width, form.eps)
+        if shape.embed:
+            self.projection = nn.Linear(width, shape.embed, bias=form.rotary)
         for parameter in (self.class_token, self.registers, self.position):
-            nn.init.trunc_normal_(parameter, std=0.02)
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def train(self, mode=True):
         return super().train(mode and not self.frozen)
@@ -191,8 +281,27 @@ class ViT(nn.Module):
             return self.position
         first, patches = self.position[:, :1], self.position[:, 1:]
         patches = patches.float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, grid, mode="bicubic", antialias=True)
+        patches = F.interpolate(patches, grid, mode="bicubic",
+                                antialias=FORMS[self.shape.form].antialias)
         return torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
+
+    def rotary(self, grid):
+        """By how much EVA-02 turns queries and keys at every place of a grid; None for others.
+
+        Cosines and sines (rows * columns, D/heads), each angle twice in a row. The first half of
+        the channels turns with the row, the second with the column, channel pair i at the rate
+        10000^(-4i / (D/heads)). At any grid, places span the 16x16 of its pretraining.
+        """
+        if not FORMS[self.shape.form].rotary:
+            return None
+        half = self.shape.width // self.shape.heads // 2
+        rates = 10000 ** -(torch.arange(0, half, 2, device=self.position.device) / half)
+        rows, columns = (torch.arange(side, device=rates.device)[:, None] / side * 16 * rates
+                         for side in grid)                                  # (side, half/2)
+        angles = torch.cat([rows[:, None].expand(-1, grid[1], -1),
+                            columns[None].expand(grid[0], -1, -1)], dim=-1)
+        angles = angles.flatten(0, 1).repeat_interleave(2, dim=-1)          # (places, D/heads)
+        return angles.cos(), angles.sin()
 
     def resize(self, image_size):
         """Resizes the stored grid of positions to square images of this size, for good."""
@@ -207,12 +316,17 @@ class ViT(nn.Module):
         batch = len(patches)
         x = torch.cat([self.class_token.expand(batch, -1, -1), patches], dim=1)
         x = x + self.positions(grid)
-        registers = self.registers.expand(batch, -1, -1)
-        return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+        if self.registers is not None:
+            x = torch.cat([x[:, :1], self.registers.expand(batch, -1, -1), x[:, 1:]], dim=1)
+        return self.norm_before(x)
 
     def final(self, x):
         """The tokens after the last block to the tower's output: a LayerNorm."""
         return self.norm(x)
+
+    def project(self, x):
+        """Final tokens (B, N, D) into the space shared with the text (B, N, E); CLIP's towers."""
+        return self.projection(x)
 
     def as_map(self, x, grid):
         """The patch tokens of x as a map: (B, N, D) to (B, D, rows, columns)."""
@@ -220,14 +334,14 @@ class ViT(nn.Module):
 
     def forward(self, images):
         """Images (B, 3, H, W), normalised, to the final normed tokens (B, N, D)."""
-        x = self.embed(images)
+        x, rotary = self.embed(images), self.rotary(self.grid(images))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotary=rotary)
         return self.final(x)
 
 
 class TextTransformer(nn.Module):
-    """CLIP's causal text transformer.
+    """CLIP's causal text transformer, and EVA-02-CLIP's, which differs by its activation.
 
     Token ids are (B, L) with L up to 77. The end-of-text token has the highest id of the
     vocabulary, which is how its place is found.
@@ -241,8 +355,7 @@ class TextTransformer(nn.Module):
         self.embedding = nn.Embedding(shape.vocabulary, width)
         self.position = nn.Parameter(torch.zeros(shape.positions, width))
         self.blocks = nn.ModuleList(
-            Block(width, shape.heads, quick_gelu, eps=1e-5, causal=True)
-            for _ in range(shape.depth))
+            Block(width, shape.heads, FORMS[shape.form]) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.zeros(width, shape.embed))
         # The temperature of CLIP's pretraining loss; kept so that files load whole.
@@ -312,11 +425,15 @@ class Published(NamedTuple):
 
 
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+CLIP = "https://openaipublic.azureedge.net/clip/models"
 PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address) for name, address in {
     "dinov2-b": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
     "dinov2-l": f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-    "clip-b": "https://openaipublic.azureedge.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb8"
-              "4e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "clip-b": f"{CLIP}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/"
+              f"ViT-B-16.pt",
+    "clip-l": f"{CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/"
+              f"ViT-L-14.pt",
+    "eva-b": "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt",
     "vocabulary": "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
 }.items()}
 
@@ -332,67 +449,149 @@ DINOV2_NAMES = [
     (r"\.mlp\.up\.", ".mlp.fc1."),
     (r"\.mlp\.down\.", ".mlp.fc2."),
 ]
-CLIP_TEXT_NAMES = [
-    (r"^embedding\.", "token_embedding."),
-    (r"^position", "positional_embedding"),
+CLIP_BLOCK_NAMES = [
     (r"^blocks\.", "transformer.resblocks."),
     (r"\.norm([12])\.", r".ln_\1."),
     (r"\.attention\.qkv\.", ".attn.in_proj_"),
     (r"\.attention\.out\.", ".attn.out_proj."),
     (r"\.mlp\.up\.", ".mlp.c_fc."),
     (r"\.mlp\.down\.", ".mlp.c_proj."),
+]
+CLIP_TEXT_NAMES = CLIP_BLOCK_NAMES + [
+    (r"^embedding\.", "token_embedding."),
+    (r"^position", "positional_embedding"),
     (r"^norm\.", "ln_final."),
     (r"^projection", "text_projection"),
+]
+CLIP_VISION_NAMES = CLIP_BLOCK_NAMES + [
+    (r"^class_token", "class_embedding"),
+    (r"^position", "positional_embedding"),
+    (r"^patch\.", "conv1."),
+    (r"^norm_before\.", "ln_pre."),
+    (r"^norm\.", "ln_post."),
+    (r"^projection\.weight", "proj"),
+    (r"^", "visual."),
+]
+EVA_VISION_NAMES = [
+    (r"^class_token", "cls_token"),
+    (r"^position", "pos_embed"),
+    (r"^patch\.", "patch_embed.proj."),
+    (r"^projection\.", "head."),
+    (r"\.attention\.(query|value)\.bias", lambda match: f".attn.{match[1][0]}_bias"),
+    (r"\.attention\.(query|key|value)\.", lambda match: f".attn.{match[1][0]}_proj."),
+    (r"\.attention\.norm\.", ".attn.inner_attn_ln."),
+    (r"\.attention\.out\.", ".attn.proj."),
+    (r"\.mlp\.gate\.", ".mlp.w1."),
+    (r"\.mlp\.up\.", ".mlp.w2."),
+    (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
+    (r"\.mlp\.down\.", ".mlp.w3."),
+    (r"^", "visual."),
+]
+EVA_TEXT_NAMES = CLIP_TEXT_NAMES + [(r"^(?!logit_scale)", "text.")]
+
+
+class Layout(NamedTuple):
+    """How a family's published files call its tensors."""
+    form: str               # a name in FORMS
+    mark: str               # a tensor that only this layout has
+    names: list
+
+
+VISION_LAYOUTS = [
+    Layout("dinov2", "register_tokens", DINOV2_NAMES),
+    Layout("clip", "visual.class_embedding", CLIP_VISION_NAMES),
+    Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", EVA_VISION_NAMES),
+]
+TEXT_LAYOUTS = [
+    Layout("clip text", "token_embedding.weight", CLIP_TEXT_NAMES),
+    Layout("eva text", "text.token_embedding.weight", EVA_TEXT_NAMES),
 ]
 # Numbers that OpenAI's archives carry among their tensors.
 CLIP_ATTRIBUTES = {"input_resolution", "context_length", "vocab_size"}
 
 
 def load_vision(path, image_size=None):
-    """A frozen vision tower from a published file, told by its content (DINOv2 with registers).
+    """A frozen vision tower from a published file, told by its content.
 
+    The file is DINOv2's with registers, or OpenAI's CLIP or EVA-02 as CLIP with both towers in it.
     `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and depths are
     read off the tensors. With `image_size` (pixels) the grid of positions is resized to that size
     once and for good; without, it stays as published and is resized for every input. Raises
     WeightsError, naming the tensor, for anything missing, extra or misshapen; OSError where the
     file cannot be read; ValueError where the patch does not divide `image_size`.
     """
-    state = read_tensors(path)
-    if "cls_token" not in state or "register_tokens" not in state:
-        raise WeightsError(f"{path}: no vision tower of a kind known here; expected DINOv2 with "
-                           f"registers (cls_token, register_tokens, ...), found {some_of(state)}")
-    width, _, _, patch = dimensions(path, state, "patch_embed.proj.weight", 4)
-    positions = dimensions(path, state, "pos_embed", 3)[1]
+    state, layout = read_layout(path, "vision", VISION_LAYOUTS)
+    if layout.form != "dinov2":                     # both towers are in the file
+        state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    tables = {name: state.pop(name) for name in list(state) if ".freqs_" in name}
+
+    def size(name, count):
+        return dimensions(path, state, renamed(name, layout.names), count)
+
+    if layout.form == "clip":                       # these alone are stored in other shapes
+        for name, count, view in (("class_token", 1, lambda tensor: tensor[None, None]),
+                                  ("position", 2, lambda tensor: tensor[None]),
+                                  ("projection.weight", 2, lambda tensor: tensor.T)):
+            size(name, count)
+            state[renamed(name, layout.names)] = view(state[renamed(name, layout.names)])
+    width, _, _, patch = size("patch.weight", 4)
+    positions = size("position", 3)[1]
     grid = math.isqrt(positions - 1)
     if grid == 0 or grid ** 2 != positions - 1:
-        raise WeightsError(f"{path}: tensor pos_embed is misshapen: {positions} positions are not "
-                           f"one and a square grid")
+        raise WeightsError(f"{path}: tensor {renamed('position', layout.names)} is misshapen: "
+                           f"{positions} positions are not one and a square grid")
     shape = VisionShape(
-        patch, width, depth=count_blocks(path, state, "blocks"), heads=width // 64,
-        grid=grid, registers=dimensions(path, state, "register_tokens", 3)[1])
-    tower = filled(ViT, shape, state, path, DINOV2_NAMES)
+        patch, width, depth=count_blocks(path, state, layout), heads=width // 64, grid=grid,
+        registers=size("registers", 3)[1] if layout.form == "dinov2" else 0,
+        embed=0 if layout.form == "dinov2" else size("projection.weight", 2)[0],
+        form=layout.form)
+    tower = filled(ViT, shape, state, path, layout.names)
+    for name, table in tables.items():              # EVA-02's own cosines and sines
+        ours = tower.rotary((grid, grid))[name.endswith("sin")]
+        if table.shape != ours.shape or not (table - ours).abs().max() < 0.01:  # single and half
+            raise WeightsError(f"{path}: tensor {name} holds other angles than those of EVA-02 "
+                               f"as CLIP")
     if image_size is not None:
         tower.resize(image_size)
     return tower
 
 
 def load_text(path):
-    """A frozen text tower from a published file, told by its content (OpenAI's CLIP).
+    """A frozen text tower from a published file, told by its content: OpenAI's CLIP, or EVA-02's.
 
     `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). Errors: as `load_vision`.
     """
-    state = read_tensors(path)
-    if "token_embedding.weight" not in state:
-        raise WeightsError(f"{path}: no text tower of a kind known here; expected CLIP "
-                           f"(token_embedding.weight, ...), found {some_of(state)}")
+    state, layout = read_layout(path, "text", TEXT_LAYOUTS)
     state = {name: tensor for name, tensor in state.items()
              if not name.startswith("visual.") and name not in CLIP_ATTRIBUTES}
-    vocabulary, width = dimensions(path, state, "token_embedding.weight", 2)
+
+    def size(name, count):
+        return dimensions(path, state, renamed(name, layout.names), count)
+
+    vocabulary, width = size("embedding.weight", 2)
     shape = TextShape(
-        width, depth=count_blocks(path, state, "transformer.resblocks"), heads=width // 64,
-        embed=dimensions(path, state, "text_projection", 2)[1], vocabulary=vocabulary,
-        positions=dimensions(path, state, "positional_embedding", 2)[0])
-    return filled(TextTransformer, shape, state, path, CLIP_TEXT_NAMES)
+        width, depth=count_blocks(path, state, layout), heads=width // 64,
+        embed=size("projection", 2)[1], vocabulary=vocabulary, positions=size("position", 2)[0],
+        form=layout.form)
+    return filled(TextTransformer, shape, state, path, layout.names)
+
+
+def read_layout(path, kind, layouts):
+    """The tensors of a file and the layout they are in."""
+    state = read_tensors(path)
+    for layout in layouts:
+        if layout.mark in state:
+            return state, layout
+    marks = ", ".join(f"{layout.mark} ({layout.form})" for layout in layouts)
+    raise WeightsError(f"{path}: no {kind} tower of a family known here, each of which has one of "
+                       f"{marks}; found {some_of(state)}")
+
+
+def renamed(name, names):
+    """A tensor's name here to its name in a file."""
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def read_tensors(path):
@@ -432,7 +631,8 @@ def read_file(path):
                            f"fetch it again") from None
 
 
-def count_blocks(path, state, prefix):
+def count_blocks(path, state, layout):
+    prefix = renamed("blocks.", layout.names).removesuffix(".")
     numbers = [int(match[1]) for match in
                (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state) if match]
     missing = set(range(len(set(numbers)) or 1)) - set(numbers)
@@ -469,12 +669,8 @@ def fill(module, state, path, names=(), expected=None):
     `names` translates the module's own names into those of the file. Raises WeightsError that
     names, in the file's words, the first tensor missing, unexpected or misshapen, and their count.
     """
-    own, theirs = module.state_dict() if expected is None else expected, {}
-    for name in own:
-        other = name
-        for pattern, replacement in names:
-            other = re.sub(pattern, replacement, other)
-        theirs[other] = name
+    own = module.state_dict() if expected is None else expected
+    theirs = {renamed(name, names): name for name in own}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or (
                 tensor.is_quantized or tensor.is_complex()):

@@ -162,7 +162,10 @@ class Projector(nn.Module):
 
 
 class Head(nn.Module):
-    """Neck, decoder, projector: three maps, words and sentence to logits (B, 1, 4h, 4w)."""
+    """Neck, decoder, projector: three maps, words and sentence to logits (B, 1, 4h, 4w).
+
+    `shortcut`, a map (B, width, h, w), is added between neck and decoder (BarLeRIa's F_out^M).
+    """
 
     def __init__(self, channels, text_width, sentence_width, width, heads, layers, dropout,
                  residual):
@@ -171,7 +174,9 @@ class Head(nn.Module):
         self.decoder = Decoder(width, text_width, heads, layers, dropout)
         self.projector = Projector(width, sentence_width)
 
-    def forward(self, features, words, sentence, padding):
+    def forward(self, features, words, sentence, padding, shortcut=None):
         x = self.neck(features, sentence)
+        if shortcut is not None:
+            x = x + shortcut
         x = self.decoder(x, words, padding)
         return self.projector(x, sentence)

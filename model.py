@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 
 import backbones
-from adapters import DenseCrossAdapter, TextAdapter
+from adapters import (DenseCrossAdapter, GlobalShortcutTuning, Intertwiner, NormalizingFlow,
+                      TextAdapter, global_prior)
 from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze
 from head import Head
 from loss import text_to_pixel_loss     # noqa: F401, the loss that every model here is trained with
@@ -39,12 +40,26 @@ class Config:
     vision: str = "dinov2-b"            # a name in VISION
     text: str = "clip-b"                # a name in TEXT
     train_towers: bool = False          # the towers learn, too, instead of staying frozen
+    train_positions: bool = False       # of frozen towers, the position embeddings learn
     image_size: int = 448               # side of the letterboxed photo, pixels
     length: int = 17                    # tokens per expression, both ends included
+    # DCRIS
     visual_adapter_layers: tuple[int, ...] = (1, 3, 5, 7, 9, 11)    # blocks count from 0
     visual_adapter_rank: int = 128
     text_adapter_layers: tuple[int, ...] = (1, 3, 5, 7, 9, 11)
     text_adapter_rank: int = 64
+    # BarLeRIa
+    visual_flows: bool = True           # normalizing flows on the shortcuts of the vision tower
+    text_flows: bool = True             # and of the text tower
+    flow_steps: int = 4                 # planar flows in each
+    intertwined: bool = True            # words visit the vision tower, its class token the text
+    intertwined_rank: int = 32
+    global_blocks: int = 4              # of global shortcut tuning; 0: none of it
+    global_width: int = 144
+    global_heads: int = 3
+    global_queries: int = 128
+    global_patch: int = 16              # pixels
+    # the head
     features: tuple[int, ...] = (4, 8)  # blocks whose output the head sees, beside the last one's
     head_width: int = 512
     head_heads: int = 8
@@ -57,20 +72,39 @@ class Config:
     decay_epoch: int = 35               # from the end of this epoch on, the rate is a tenth
 
 
+# For drawn data: small, and quickly trained. There are no pretrained towers, so they learn, too.
+DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
+         "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
+         "batch_size": 16, "lr": 1e-3, "epochs": 4, "decay_epoch": 3}
+DCRIS_B = Config()
+# The authors' programs train CLIP's positions beside what they count, and so do these.
+BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
+                  features=(3, 7))
 PRESETS = {
-    "shapes": Config(
-        vision="small", text="small", train_towers=True, image_size=64,
-        visual_adapter_layers=(2,), visual_adapter_rank=32, text_adapter_layers=(1,),
-        text_adapter_rank=16, features=(1, 2), head_width=64, head_heads=2, head_layers=1,
-        dropout=0.0, batch_size=16, lr=1e-3, epochs=4, decay_epoch=3),
-    "dcris-b": Config(),
-    "dcris-l": Config(
-        vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
+    "shapes": replace(
+        DCRIS_B, vision="small", visual_adapter_layers=(2,), visual_adapter_rank=32,
+        text_adapter_layers=(1,), text_adapter_rank=16, **DRAWN),
+    "shapes-barleria": replace(
+        BARLERIA, vision="small-clip", intertwined_rank=16, global_blocks=2, global_width=48,
+        global_heads=2, global_queries=8, global_patch=8, **DRAWN),
+    "dcris-b": DCRIS_B,
+    "dcris-l": replace(
+        DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
         batch_size=64, lr=2e-4),
+    "barleria": BARLERIA,
+    "barleria-eva": replace(BARLERIA, vision="eva-b", text="eva-b"),
+    "barleria-l": replace(                      # 416 is no multiple of its patches' 14 pixels
+        BARLERIA, vision="clip-l", text="clip-l", image_size=420, features=(7, 15), batch_size=64,
+        lr=2e-4),
+    "barleria-local": replace(BARLERIA, global_blocks=0),
+    "snf": replace(BARLERIA, text_flows=False, intertwined=False, global_blocks=0),
 }
 
 # Rows of the table: preset, overrides, millions of tuned parameters as the paper prints them.
-TABLE = [("shapes", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None)] + [
+TABLE = [("shapes", {}, None), ("shapes-barleria", {}, None),
+         ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
+         ("snf", {}, 0.18), ("barleria-local", {}, 0.39), ("barleria", {}, 2.21),
+         ("barleria-eva", {}, None), ("barleria-l", {}, None)] + [
     ("dcris-b", {"visual_adapter_layers": layers, "text_adapter_layers": layers}, millions)
     for layers, millions in [       # DCRIS Table 5
         ((8,), 0.45), ((6, 11), 0.90), ((4, 8, 11), 1.35), ((3, 6, 9, 11), 1.80),
@@ -83,6 +117,18 @@ class DCRIS(nn.Module):
 
     Frozen DINOv2 with DenseCross adapters, frozen CLIP text tower with text adapters, and the head.
     """
+
+    fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
+              "text_adapter_rank")
+
+    @staticmethod
+    def check(config, vision, text):
+        if config.visual_adapter_rank % 16:
+            raise ConfigError(f"visual_adapter_rank {config.visual_adapter_rank}: the branches "
+                              f"need a multiple of 16")
+        if config.train_towers and vision.embed:
+            raise ConfigError(f"train_towers: DCRIS would leave CLIP's projection in "
+                              f"{config.vision} without use; take a tower of DINOv2's form")
 
     def __init__(self, config, vision, text):
         super().__init__()
@@ -117,21 +163,122 @@ class DCRIS(nn.Module):
     def image_branch(self, images, words):
         """Images and words to the three maps f_v (B, D, S/P, S/P)."""
         grid = self.vision.grid(images)
-        x = self.vision.embed(images)
+        x, rotary = self.vision.embed(images), self.vision.rotary(grid)
         features = []
         for i, block in enumerate(self.vision.blocks):
             attached = backbones.NOTHING
             if str(i) in self.dense_cross_adapters:
                 attached = Attached(beside_mlp=partial(self.dense_cross_adapters[str(i)],
                                                        words=words, grid=grid))
-            x = block(x, attached)
+            x = block(x, attached, rotary)
             if i in self.config.features:
                 features.append(self.vision.as_map(x, grid))
         features.append(self.vision.as_map(self.vision.final(x), grid))
         return features
 
 
-METHODS = {"dcris": DCRIS}
+class BarLeRIa(nn.Module):
+    """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side, a third network beside them.
+
+    Frozen CLIP with normalizing flows on the shortcuts of its blocks. Each block has guests from
+    the other tower, and the global branch runs along with the finished towers.
+    """
+
+    fields = ("visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
+              "global_blocks", "global_width", "global_heads", "global_queries", "global_patch")
+
+    @staticmethod
+    def check(config, vision, text):
+        if vision.embed != text.embed:
+            raise ConfigError(f"vision {config.vision} and text {config.text} share no space of "
+                              f"one width; BarLeRIa takes the two towers of one CLIP")
+        if config.global_blocks < 0:
+            raise ConfigError(f"global_blocks is {config.global_blocks}; it must be at least 0")
+        for field, divisor in (("text", text.depth), ("global_blocks", config.global_blocks)):
+            if divisor and vision.depth % divisor:
+                raise ConfigError(f"{field} {getattr(config, field)}: the {vision.depth} blocks of "
+                                  f"{config.vision} are no multiple of {divisor}")
+        if config.global_width % config.global_heads:
+            raise ConfigError(f"global_width {config.global_width} is no multiple of global_heads, "
+                              f"{config.global_heads}")
+        if config.global_patch > config.image_size:
+            raise ConfigError(f"global_patch {config.global_patch} is larger than image_size, "
+                              f"{config.image_size}")
+
+    def __init__(self, config, vision, text):
+        super().__init__()
+        self.config, self.vision, self.text = config, vision, text
+        widths = vision.shape.width, text.shape.width
+        self.visual_flows = flow_pairs(vision, config.visual_flows, config.flow_steps)
+        self.text_flows = flow_pairs(text, config.text_flows, config.flow_steps)
+        self.intertwiner = (Intertwiner(*widths, config.intertwined_rank)
+                            if config.intertwined else None)
+        self.global_branch = GlobalShortcutTuning(
+            *widths, text.shape.embed, config.head_width, config.global_width,
+            config.global_heads, config.global_blocks, config.global_queries,
+            config.intertwined_rank, config.global_patch,
+            config.image_size // config.global_patch) if config.global_blocks else None
+        self.head = Head([widths[0], widths[0], vision.shape.embed], widths[1], text.shape.embed,
+                         config.head_width, config.head_heads, config.head_layers, config.dropout,
+                         residual=False)
+
+    def forward(self, images, tokens):
+        """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
+        grid, padding = self.vision.grid(images), after_end(tokens)
+        stages, words, sentence = self.local_branch(images, tokens, grid)
+        projected = self.vision.project(self.vision.final(stages[-1]))      # F_v, (B, N, E)
+        features = [self.vision.as_map(x, grid)
+                    for x in (*(stages[i] for i in self.config.features), projected)]
+        shortcut = None
+        if self.global_branch is not None:
+            first = self.vision.prefix
+            prior = global_prior(words @ self.text.projection, projected[:, first:], padding)
+            step = len(stages) // self.config.global_blocks
+            shortcut = self.global_branch(                                  # F_out^M
+                images, words, prior, [x[:, first:] for x in stages[step - 1::step]], grid)
+        return self.head(features, words, sentence, padding, shortcut)
+
+    def local_branch(self, images, tokens, grid):
+        """BarLeRIa Eq. 2-3: the towers' tokens go up side by side and visit each other.
+
+        Returns the vision tower's tokens (B, N, D) after every block, words and sentence. Where it
+        has more blocks than the text tower, as many of them in a row have the same guests.
+        """
+        image_tokens, words = self.vision.embed(images), self.text.embed(tokens)
+        rotary = self.vision.rotary(grid)
+        ratio = len(self.vision.blocks) // len(self.text.blocks)
+        stages = []
+        for i, text_block in enumerate(self.text.blocks):
+            guests, host = image_tokens[:, :0], words[:, :0]                # nobody
+            if self.intertwiner is not None:
+                guests, host = self.intertwiner(words, image_tokens[:, :1])
+            for j in range(ratio * i, ratio * (i + 1)):
+                image_tokens = visited(self.vision.blocks[j], image_tokens, guests,
+                                       self.vision.prefix, self.visual_flows[j], rotary)
+                stages.append(image_tokens)
+            words = visited(text_block, words, host, 0, self.text_flows[i])
+        return stages, *self.text.final(words, tokens)
+
+
+def flow_pairs(tower, wanted, steps):
+    """For each block of a tower two flows, on its attention's and its MLP's shortcut; or none."""
+    return nn.ModuleList(
+        nn.ModuleList(NormalizingFlow(tower.shape.width, steps) for _ in range(2 if wanted else 0))
+        for _ in tower.blocks)
+
+
+def visited(block, x, guests, place, flows, rotary=None):
+    """One block over x (B, N, D) with guests (B, G, D) in front of x[:, place], who then leave.
+
+    In the vision tower words stand between class token and image; in the text tower the class
+    token stands first, so that under the causal mask every word sees it.
+    """
+    x = torch.cat([x[:, :place], guests, x[:, place:]], dim=1)
+    x = block(x, Attached(*flows), rotary)
+    return torch.cat([x[:, :place], x[:, place + guests.shape[1]:]], dim=1)
+
+
+METHODS = {"dcris": DCRIS, "barleria": BarLeRIa}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,11 +303,18 @@ def check(config):
         if getattr(config, field) not in table:
             raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
                               f"there are {', '.join(table)}")
-    vision, text = VISION[config.vision], TEXT[config.text]
+    method, vision, text = METHODS[config.method], VISION[config.vision], TEXT[config.text]
+    foreign = {field for other in METHODS.values() for field in other.fields}
+    for field in sorted(foreign.difference(method.fields)):
+        if getattr(config, field) != getattr(Config, field):
+            raise ConfigError(f"{field} plays no part in method {config.method}")
     for field, most in (("image_size", 4096), ("length", 1000), ("visual_adapter_rank", 8192),
-                        ("text_adapter_rank", 8192), ("head_width", 8192), ("head_heads", 8192),
-                        ("head_layers", 100), ("batch_size", 10**6), ("lr", 1e3),
-                        ("epochs", 10**6), ("decay_epoch", 10**6)):
+                        ("text_adapter_rank", 8192), ("flow_steps", 100),
+                        ("intertwined_rank", 8192), ("global_width", 8192),
+                        ("global_heads", 8192), ("global_queries", 8192), ("global_patch", 4096),
+                        ("head_width", 8192), ("head_heads", 8192), ("head_layers", 100),
+                        ("batch_size", 10**6), ("lr", 1e3), ("epochs", 10**6),
+                        ("decay_epoch", 10**6)):
         if not 0 < getattr(config, field) <= most:
             raise ConfigError(f"{field} is {getattr(config, field)}; it must be above 0 and at "
                               f"most {most}")
@@ -174,20 +328,18 @@ def check(config):
     for field, depth in (("visual_adapter_layers", vision.depth),
                          ("text_adapter_layers", text.depth), ("features", vision.depth)):
         layers = getattr(config, field)
-        if any(not 0 <= i < depth for i in layers):
+        if field in method.fields + ("features",) and any(not 0 <= i < depth for i in layers):
             raise ConfigError(f"{field} {layers}: the tower has {depth} blocks, 0 to {depth - 1}")
         if list(layers) != sorted(set(layers)):
             raise ConfigError(f"{field} {layers}: each block once, in order")
     if len(config.features) != 2:
         raise ConfigError(f"features {config.features}: the head takes two blocks and the last")
-    if config.visual_adapter_rank % 16:
-        raise ConfigError(f"visual_adapter_rank {config.visual_adapter_rank}: the branches need "
-                          f"a multiple of 16")
     if config.head_width % 4 or config.head_width % config.head_heads:
         raise ConfigError(f"head_width {config.head_width}: it must be a multiple of 4 and of "
                           f"head_heads, {config.head_heads}")
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"dropout {config.dropout} is not in [0, 1)")
+    method.check(config, vision, text)
 
 
 def build(name, vision_weights=None, text_weights=None, **overrides):
@@ -216,9 +368,10 @@ def assemble(config, vision_weights=None, text_weights=None):
                                    f"{getattr(config, kind)} means {expected}")
         towers[kind] = freeze(tower)
     model = METHODS[config.method](config, **towers)
-    if config.train_towers:
-        for tower in towers.values():
+    for tower in towers.values():
+        if config.train_towers:
             backbones.unfreeze(tower)
+        tower.position.requires_grad_(config.train_towers or config.train_positions)
     model.sources = sources
     return model
 
@@ -361,11 +514,17 @@ def restore(path, checkpoint, vision_weights=None, text_weights=None):
 # ---------------------------------------------------------------------------------------------
 
 def count(model):
-    """Parameters: frozen, tuned (all that learns outside the head), head."""
-    sizes = {"frozen": 0, "tuned": 0, "head": 0}
+    """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
+
+    Positions are the towers' position embeddings where they learn and the towers do not: the
+    papers train those of CLIP without counting them.
+    """
+    sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
     for name, parameter in model.named_parameters():
         kind = ("head" if name.startswith("head.") else
-                "tuned" if parameter.requires_grad else "frozen")
+                "frozen" if not parameter.requires_grad else
+                "positions" if name.endswith(".position") and name.startswith(("vision.", "text."))
+                and not model.config.train_towers else "tuned")
         sizes[kind] += parameter.numel()
     return sizes
 
@@ -384,13 +543,13 @@ def main():
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    print("Parameters in millions. Tuned: all that learns outside the head; beside it the paper's "
-          "figure.\n")
-    print("| preset | frozen | tuned | paper | head |\n|---|---:|---:|---:|---:|")
+    print("Parameters in millions. Tuned: all that learns but for the head and CLIP's position\n"
+          "embeddings; beside it the paper's figure.\n")
+    print("| preset | frozen | tuned | paper | positions | head |\n|---|---:|---:|---:|---:|---:|")
     for row in rows:
         paper = "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}"
-        print(f"| {row['preset']} | {row['frozen'] / 1e6:.2f} | {row['tuned'] / 1e6:.2f} | "
-              f"{paper} | {row['head'] / 1e6:.2f} |")
+        print(f"| {row['preset']} | {row['frozen'] / 1e6:.2f} | {row['tuned'] / 1e6:.2f} | {paper} "
+              f"| {row['positions'] / 1e6:.2f} | {row['head'] / 1e6:.2f} |")
 
 
 if __name__ == "__main__":

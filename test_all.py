@@ -11,11 +11,13 @@ import math
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import unittest
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -281,6 +283,219 @@ class Equations(unittest.TestCase):
         self.assertTrue(torch.isfinite(logits.grad).all())
 
 
+def plain_block(x, block, flows=()):
+    """A CLIP block, with flows (two modules or none) on its shortcuts."""
+    attention_flow, mlp_flow = flows if len(flows) else (nn.Identity(), nn.Identity())
+    normed = plain_norm(x, block.norm1)
+    width = normed.shape[-1] // block.attention.heads
+    q, k, v = plain_linear(normed, block.attention.qkv).chunk(3, -1)
+    seen = torch.ones(x.shape[1], x.shape[1]).bool()
+    mixed = []
+    for i in range(block.attention.heads):
+        part = slice(i * width, (i + 1) * width)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(width)
+        if block.causal:
+            scores = scores.masked_fill(~seen.tril(), -math.inf)
+        mixed.append(scores.softmax(-1) @ v[..., part])
+    x = attention_flow(x) + plain_linear(torch.cat(mixed, -1), block.attention.out)
+    up = plain_linear(plain_norm(x, block.norm2), block.mlp.up)
+    return mlp_flow(x) + plain_linear(up / (1 + torch.exp(-1.702 * up)), block.mlp.down)
+
+
+def tiny_barleria(depth=2, text_depth=2, **overrides):
+    """A BarLeRIa of the real form, small enough to be written out."""
+    config = replace(model.PRESETS["shapes-barleria"], image_size=24, features=(0, 1),
+                     train_towers=False, **overrides)
+    vision = backbones.ViT(backbones.VisionShape(4, 16, depth, 2, grid=3, embed=8, form="clip"))
+    text = backbones.TextTransformer(backbones.TextShape(12, text_depth, 3, 8, 40, 9))
+    return shake(model.BarLeRIa(config, backbones.freeze(vision), backbones.freeze(text)))
+
+
+class BarleriaEquations(unittest.TestCase):
+    """Every equation of BarLeRIa against a plain restatement, in double precision."""
+
+    same = Equations.same
+
+    def setUp(self):
+        torch.manual_seed(0)
+        self.images = torch.randn(2, 3, 24, 24).double()
+        self.tokens = torch.tensor([[38, 7, 3, 39, 0, 0], [38, 9, 4, 5, 6, 39]])
+
+    def test_flow_equation_1(self):
+        flow = shake(adapters.NormalizingFlow(6, steps=3))
+        x = torch.randn(2, 5, 6).double()
+        z = x.clone()
+        for b in range(2):
+            for n in range(5):
+                token = [float(flow.mu[d]) + math.exp(flow.log_sigma[d]) * float(x[b, n, d])
+                         for d in range(6)]
+                for j in range(3):
+                    inner = sum(float(flow.w[j, d]) * token[d] for d in range(6))
+                    h = math.tanh(inner + float(flow.b[j]))
+                    token = [token[d] + float(flow.scale[j, d]) * h for d in range(6)]
+                z[b, n] = torch.tensor(token, dtype=torch.float64)
+        self.same(flow(x), z)
+
+    def test_a_flow_of_zeros_is_the_identity(self):
+        flow = adapters.NormalizingFlow(6, steps=4)
+        x = torch.randn(2, 5, 6)
+        self.assertLess(float((flow(x) - x).abs().max()), 0.02)         # and it starts close to it
+        for parameter in flow.parameters():
+            nn.init.zeros_(parameter)
+        self.assertTrue(torch.equal(flow(x), x))
+
+    def test_intertwined_towers_equations_2_and_3(self):
+        for depth in (2, 4):            # as many blocks as the text tower, and twice as many
+            net = tiny_barleria(depth)
+            x, t = net.vision.embed(self.images), net.text.embed(self.tokens)
+            twine, stages = net.intertwiner, []
+            for i, block in enumerate(net.text.blocks):
+                words = plain_linear(plain_linear(t, twine.words[0]).clamp(min=0), twine.words[2])
+                cls = plain_linear(plain_linear(x[:, :1], twine.class_token[0]).clamp(min=0),
+                                   twine.class_token[2])
+                for j in (i,) if depth == 2 else (2 * i, 2 * i + 1):
+                    y = plain_block(torch.cat([x[:, :1], words, x[:, 1:]], 1),
+                                    net.vision.blocks[j], net.visual_flows[j])
+                    x = torch.cat([y[:, :1], y[:, 1 + 6:]], 1)
+                    stages.append(x)
+                t = plain_block(torch.cat([cls, t], 1), block, net.text_flows[i])[:, 1:]
+            found, words, sentence = net.local_branch(self.images, self.tokens, (6, 6))
+            self.assertEqual(len(found), depth)
+            for a, b in zip(found, stages):
+                self.same(a, b)
+            t = plain_norm(t, net.text.norm)
+            self.same(words, t)
+            self.same(sentence, torch.stack([t[0, 3], t[1, 5]]) @ net.text.projection)
+
+    def test_global_prior_equation_4(self):
+        words, patches = torch.randn(2, 6, 8).double(), torch.randn(2, 10, 8).double()
+        prior = adapters.global_prior(words, patches, backbones.after_end(self.tokens))
+        expected = torch.zeros(2, 16, 8).double()
+        for b, real in enumerate((4, 6)):
+            meaning = sum(words[b, i] for i in range(real)) / real
+            for i, token in enumerate([*words[b], *patches[b]]):
+                cosine = (token @ meaning) / math.sqrt(token @ token) / math.sqrt(meaning @ meaning)
+                expected[b, i] = min(1, max(0, float(cosine))) * token
+        self.same(prior, expected)
+
+    def test_global_shortcut_tuning_equations_5_to_8(self):
+        # Patches of 5 pixels make a grid of its own, 4x4, beside the tower's 6x6.
+        net = shake(adapters.GlobalShortcutTuning(
+            16, 12, 8, out_width=10, width=6, heads=2, blocks=2, queries=3, rank=5, patch=5,
+            side=4))
+        words, prior = torch.randn(2, 6, 12).double(), torch.randn(2, 6 + 36, 8).double()
+        stages = [torch.randn(2, 36, 16).double() for _ in range(2)]
+
+        def enlarge(x, old, new):
+            """Bilinear by hand, tokens of a square grid."""
+            x, out = x.reshape(2, old, old, -1), []
+            for i in range(new):
+                for j in range(new):
+                    places = []
+                    for k in (i, j):
+                        at = min(max((k + 0.5) * old / new - 0.5, 0), old - 1)
+                        low = min(int(at), old - 2)
+                        places.append((low, at - low))
+                    (a, p), (b, q) = places
+                    out.append((1 - p) * ((1 - q) * x[:, a, b] + q * x[:, a, b + 1])
+                               + p * ((1 - q) * x[:, a + 1, b] + q * x[:, a + 1, b + 1]))
+            return torch.stack(out, 1)
+
+        image = torch.stack([
+            (self.images[:, None, :, 5 * i:5 * i + 5, 5 * j:5 * j + 5]
+             * net.patch.weight).sum((2, 3, 4)) + net.patch.bias
+            for i in range(4) for j in range(4)], 1) + net.position
+        queries = net.queries.expand(2, -1, -1)
+        w = plain_linear(plain_linear(words, net.words[0]).clamp(min=0), net.words[2])
+        for i, (block, side) in enumerate(zip(net.blocks, (4, 6))):
+            patches = enlarge(prior[:, 6:], 6, 4) if side == 4 else prior[:, 6:]
+            p = plain_linear(torch.cat([prior[:, :6], patches], 1), net.priors[i])
+            p = torch.cat([torch.zeros(2, 3, 6).double(), p], 1)
+            x = torch.cat([queries, w, image], 1)                               # Eq. 5
+            q, k, v = plain_linear(plain_norm(x, block.norm1), block.qkv).chunk(3, -1)
+            v = v + p @ block.prior.weight.T                                    # Eq. 6
+            mixed = [((q[..., c] @ k[..., c].transpose(1, 2)) / math.sqrt(3)).softmax(-1)
+                     @ v[..., c] for c in (slice(0, 3), slice(3, 6))]
+            x = x + plain_linear(torch.cat(mixed, -1), block.out)
+            up = plain_linear(plain_norm(x, block.norm2), block.mlp[0])
+            x = x + plain_linear(up * 0.5 * (1 + torch.erf(up / math.sqrt(2))), block.mlp[2])
+            queries, w, image = x[:, :3], x[:, 3:9], x[:, 9:]                   # Eq. 7
+            if side == 4:
+                image = enlarge(image, 4, 6)
+            image = image + plain_linear(plain_norm(stages[i], net.stage[0]), net.stage[1])  # Eq. 8
+        out = plain_linear(image, net.out).transpose(1, 2).reshape(2, 10, 6, 6)
+        self.same(net(self.images, words, prior, stages, (6, 6)), out)
+
+    def test_head_equations_11_and_12(self):
+        """F_c + F_out^M enters the decoder; no residual around the neck's convolutions."""
+        net = tiny_barleria()
+        stages, words, sentence = net.local_branch(self.images, self.tokens, (6, 6))
+        projected = plain_norm(stages[-1], net.vision.norm) @ net.vision.projection.weight.T
+        maps = [x[:, 1:].transpose(1, 2).reshape(2, -1, 6, 6)
+                for x in (stages[0], stages[1], projected)]
+        padding = backbones.after_end(self.tokens)
+        prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:], padding)
+        f_out = net.global_branch(self.images, words, prior, [x[:, 1:] for x in stages], (6, 6))
+        self.assertFalse(net.head.neck.residual)                # Eq. 11: tested with DCRIS Eq. 4
+        f_mm = net.head.decoder(net.head.neck(maps, sentence) + f_out, words, padding)
+        # Eq. 12: tested with DCRIS Eq. 5
+        self.same(net(self.images, self.tokens), net.head.projector(f_mm, sentence))
+
+    def test_without_guests_and_flows_the_towers_are_themselves(self):
+        net = tiny_barleria(visual_flows=False, text_flows=False, intertwined=False)
+        stages, words, sentence = net.local_branch(self.images, self.tokens, (6, 6))
+        self.assertTrue(torch.equal(net.vision.final(stages[-1]), net.vision(self.images)))
+        plain_words, plain_sentence = net.text(self.tokens)
+        self.assertTrue(torch.equal(words, plain_words) and torch.equal(sentence, plain_sentence))
+
+    def test_words_come_and_go_and_leave_the_grid_as_it_is(self):
+        """What a block does to the image's tokens does not depend on where they stand."""
+        net = tiny_barleria()
+        x, guests = torch.randn(2, 37, 16).double(), torch.randn(2, 6, 16).double()
+        order = torch.cat([torch.tensor([0]), 1 + torch.randperm(36)])
+        block, flows = net.vision.blocks[0], net.visual_flows[0]
+        there = model.visited(block, x, guests, 1, flows)
+        self.assertEqual(there.shape, x.shape)
+        self.assertLess(float((model.visited(block, x[:, order], guests, 1, flows)
+                               - there[:, order]).abs().max()), 1e-10)
+        self.assertGreater(float((model.visited(block, x, guests.flip(2), 1, flows)
+                                  - there).abs().min(-1).values.max()), 1e-6)
+        for tokens in net.local_branch(self.images, self.tokens, (6, 6))[0]:
+            self.assertEqual(tokens.shape, (2, 37, 16))
+
+    def test_words_see_the_class_token_and_no_later_words(self):
+        net = tiny_barleria()
+        block, flows = net.text.blocks[0], net.text_flows[0]
+        words, host = torch.randn(1, 6, 12).double(), torch.randn(1, 1, 12).double()
+        there = model.visited(block, words, host, 0, flows)
+        later = words.clone()
+        later[:, 3] = torch.randn(12)
+        changed = (model.visited(block, later, host, 0, flows) - there).abs().amax(-1)[0]
+        self.assertEqual((changed > 0).tolist(), [False] * 3 + [True] * 3)
+        seen = (model.visited(block, words, host + torch.randn(12), 0, flows) - there).abs()
+        self.assertTrue((seen.amax(-1) > 1e-6).all())
+
+    def test_what_is_detached_and_what_is_not(self):
+        net = tiny_barleria()
+        stages, words, sentence = net.local_branch(self.images, self.tokens, (6, 6))
+        projected = net.vision.project(net.vision.final(stages[-1]))
+        self.assertTrue(words.requires_grad and projected.requires_grad)
+        prior = adapters.global_prior(words @ net.text.projection, projected,
+                                      backbones.after_end(self.tokens))
+        self.assertFalse(prior.requires_grad)
+        leaves = [x[:, 1:].detach().requires_grad_() for x in stages]
+        prior, words = prior[:, :42].requires_grad_(), words.detach().requires_grad_()
+        net.global_branch(self.images, words, prior, leaves, (6, 6)).square().sum().backward()
+        self.assertTrue(all(x.grad is None for x in leaves))        # F_v^i
+        self.assertGreater(float(words.grad.abs().max()), 1e-6)     # the words pull
+        net.zero_grad()
+        net(self.images, self.tokens).square().sum().backward()
+        for name, parameter in net.named_parameters():
+            self.assertEqual(parameter.grad is not None, parameter.requires_grad, name)
+            if parameter.requires_grad:
+                self.assertGreater(float(parameter.grad.abs().max()), 0, name)
+
+
 class Counts(unittest.TestCase):
     """Parameters, exactly, and the papers' printed millions."""
 
@@ -291,6 +506,14 @@ class Counts(unittest.TestCase):
                              63_428_097)
             self.assertEqual(parameters(adapters.DenseCrossAdapter(768, 128, 512, 0.1)), 382_896)
             self.assertEqual(parameters(adapters.TextAdapter(512, 64)), 66_112)
+            for name, tuned in (("snf", 184_416), ("barleria-local", 390_656),
+                                ("barleria", 2_206_096)):
+                sizes = model.count(model.build(name))
+                self.assertEqual(sizes["tuned"], tuned)
+                self.assertEqual(sizes["positions"], (1 + 14 ** 2) * 768 + 77 * 512)
+            self.assertEqual(parameters(model.build("barleria").global_branch), 1_815_440)
+            self.assertEqual(parameters(backbones.ViT(backbones.VISION["clip-b"])), 86_192_640)
+            self.assertEqual(parameters(backbones.ViT(backbones.VISION["eva-b"])), 86_263_040)
 
     def test_table(self):
         status, out, _ = program(model, "--json")
@@ -299,8 +522,12 @@ class Counts(unittest.TestCase):
                    if row["preset"].startswith("dcris-b, layers")]
         self.assertEqual(printed, ["0.45", "0.90", "1.35", "1.80", "2.25", "2.69", "3.14", "3.59",
                                    "5.39"])
-        self.assertEqual(json.loads(out)[1]["tuned"], 6 * (382_896 + 66_112))
-        self.assertIn("| dcris-b | 150.01 | 2.69 | 2.69 |", program(model)[1])
+        tuned = {row["preset"]: row["tuned"] for row in json.loads(out)}
+        self.assertEqual(tuned["dcris-b"], 6 * (382_896 + 66_112))
+        table = program(model)[1]
+        self.assertIn("| dcris-b | 150.01 | 2.69 | 2.69 |", table)
+        for name, figure in (("snf", "0.18"), ("barleria-local", "0.39"), ("barleria", "2.21")):
+            self.assertIn(f"| {name} | 149.43 | {figure} | {figure} | 0.19 |", table)
 
 
 def dinov2_state(width=128, depth=2, patch=14, grid=5):
@@ -321,22 +548,62 @@ def dinov2_state(width=128, depth=2, patch=14, grid=5):
     return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
 
 
-def clip_state(width=128, depth=2):
-    """The same for OpenAI's CLIP, with a little of its vision tower."""
+def clip_state(width=128, depth=2, vision_width=128, grid=3, patch=16):
+    """The same for OpenAI's CLIP, both towers."""
     state = {"token_embedding.weight": (300, width), "positional_embedding": (77, width),
              "text_projection": (width, 64), "ln_final.weight": (width,),
-             "ln_final.bias": (width,), "logit_scale": (), "visual.proj": (8, 4),
-             "visual.conv1.weight": (8, 3, 16, 16)}
-    for i in range(depth):
-        for name, shape in (("ln_1.", width), ("ln_2.", width),
-                            ("attn.in_proj_", (3 * width, width)),
-                            ("attn.out_proj.", (width, width)),
-                            ("mlp.c_fc.", (4 * width, width)),
-                            ("mlp.c_proj.", (width, 4 * width))):
-            shape = shape if isinstance(shape, tuple) else (shape,)
-            state[f"transformer.resblocks.{i}.{name}weight"] = shape
-            state[f"transformer.resblocks.{i}.{name}bias"] = shape[:1]
+             "ln_final.bias": (width,), "logit_scale": (),
+             "visual.class_embedding": (vision_width,), "visual.proj": (vision_width, 64),
+             "visual.positional_embedding": (1 + grid ** 2, vision_width),
+             "visual.conv1.weight": (vision_width, 3, patch, patch)}
+    for name in ("visual.ln_pre", "visual.ln_post"):
+        state[f"{name}.weight"] = state[f"{name}.bias"] = (vision_width,)
+    for prefix, width in (("", width), ("visual.", vision_width)):
+        for i in range(depth):
+            for name, shape in (("ln_1.", width), ("ln_2.", width),
+                                ("attn.in_proj_", (3 * width, width)),
+                                ("attn.out_proj.", (width, width)),
+                                ("mlp.c_fc.", (4 * width, width)),
+                                ("mlp.c_proj.", (width, 4 * width))):
+                shape = shape if isinstance(shape, tuple) else (shape,)
+                state[f"{prefix}transformer.resblocks.{i}.{name}weight"] = shape
+                state[f"{prefix}transformer.resblocks.{i}.{name}bias"] = shape[:1]
     return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+
+
+def eva_state(width=192, depth=2, grid=3, patch=16):
+    """The same for EVA-02 as CLIP: CLIP's text tower, a vision tower of its own."""
+    state = {name if name == "logit_scale" else f"text.{name}": tensor.shape
+             for name, tensor in clip_state(depth=depth).items()
+             if not name.startswith("visual.")}
+    state |= {"visual.cls_token": (1, 1, width), "visual.pos_embed": (1, 1 + grid ** 2, width),
+              "visual.patch_embed.proj.weight": (width, 3, patch, patch),
+              "visual.patch_embed.proj.bias": (width,), "visual.head.weight": (64, width),
+              "visual.head.bias": (64,), "visual.norm.weight": (width,),
+              "visual.norm.bias": (width,)}
+    hidden = width // 3 * 8
+    for i in range(depth):
+        block = f"visual.blocks.{i}."
+        for name, out, into in (("attn.proj", width, width), ("mlp.w1", hidden, width),
+                                ("mlp.w2", hidden, width), ("mlp.w3", width, hidden)):
+            state[f"{block}{name}.weight"], state[f"{block}{name}.bias"] = (out, into), (out,)
+        for name, size in (("norm1", width), ("norm2", width), ("attn.inner_attn_ln", width),
+                           ("mlp.ffn_ln", hidden)):
+            state[f"{block}{name}.weight"] = state[f"{block}{name}.bias"] = (size,)
+        for letter in "qkv":
+            state[f"{block}attn.{letter}_proj.weight"] = (width, width)
+        state[f"{block}attn.q_bias"] = state[f"{block}attn.v_bias"] = (width,)
+    state = {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+    angles = torch.zeros(grid * grid, 64, dtype=torch.float64)
+    for row in range(grid):
+        for column in range(grid):
+            for i in range(64):
+                rate = 10000 ** (-2 * (i % 32 // 2) / 32)
+                angles[row * grid + column, i] = (row if i < 32 else column) / grid * 16 * rate
+    for module in ("visual.rope", *(f"visual.blocks.{i}.attn.rope" for i in range(depth))):
+        state[f"{module}.freqs_cos"] = angles.cos().half()
+        state[f"{module}.freqs_sin"] = angles.sin().half()
+    return state
 
 
 class Towers(unittest.TestCase):
@@ -358,36 +625,150 @@ class Towers(unittest.TestCase):
         self.assertFalse(any(p.requires_grad for p in tower.parameters()))
         self.assertFalse(tower.train().training)
 
+    def by_hand(self, state, eps):
+        """The tensors in double precision, a norm and a linear layer by a file's names."""
+        s = {name: tensor.double() for name, tensor in state.items()}
+
+        def norm(x, name):
+            x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(
+                x.var(-1, unbiased=False, keepdim=True) + eps)
+            return x * s[name + ".weight"] + s[name + ".bias"]
+
+        def linear(x, name, join="."):
+            return x @ s[f"{name}{join}weight"].T + s[f"{name}{join}bias"]
+
+        return s, norm, linear
+
+    def patches(self, image, weight):
+        size = weight.shape[-1]
+        rows, columns = image.shape[1] // size, image.shape[2] // size
+        return torch.stack([
+            (image[:, size * i:size * i + size, size * j:size * j + size] * weight).sum((1, 2, 3))
+            for i in range(rows) for j in range(columns)])
+
+    def mixed(self, q, k, v):
+        """Attention of heads of 64 channels; (N, D)."""
+        return torch.cat([(q[:, p] @ k[:, p].T / 8).softmax(-1) @ v[:, p] for p in (
+            slice(i, i + 64) for i in range(0, q.shape[1], 64))], -1)
+
     def test_dinov2_by_hand(self):
         """One block, written out from the official names."""
         state = dinov2_state(depth=1)
         tower = backbones.load_vision(self.saved(state)).double()
-        s = {name: tensor.double() for name, tensor in state.items()}
+        s, norm, linear = self.by_hand(state, 1e-6)
         image = torch.randn(1, 3, 70, 70).double()
-
-        def norm(x, name):
-            x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(
-                x.var(-1, unbiased=False, keepdim=True) + 1e-6)
-            return x * s[name + ".weight"] + s[name + ".bias"]
-
-        patches = torch.stack([
-            (image[0, :, 14 * i:14 * i + 14, 14 * j:14 * j + 14]
-             * s["patch_embed.proj.weight"]).sum((1, 2, 3)) + s["patch_embed.proj.bias"]
-            for i in range(5) for j in range(5)])
-        x = torch.cat([s["cls_token"][0], patches]) + s["pos_embed"][0]
+        x = torch.cat([s["cls_token"][0], self.patches(image[0], s["patch_embed.proj.weight"])
+                       + s["patch_embed.proj.bias"]]) + s["pos_embed"][0]
         x = torch.cat([x[:1], s["register_tokens"][0], x[1:]])
-        q, k, v = (norm(x, "blocks.0.norm1") @ s["blocks.0.attn.qkv.weight"].T
-                   + s["blocks.0.attn.qkv.bias"]).chunk(3, -1)
-        heads = [(q[:, p] @ k[:, p].T / 8).softmax(-1) @ v[:, p]
-                 for p in (slice(0, 64), slice(64, 128))]
-        attention = (torch.cat(heads, -1) @ s["blocks.0.attn.proj.weight"].T
-                     + s["blocks.0.attn.proj.bias"])
-        x = x + s["blocks.0.ls1.gamma"] * attention
-        up = norm(x, "blocks.0.norm2") @ s["blocks.0.mlp.fc1.weight"].T + s["blocks.0.mlp.fc1.bias"]
+        q, k, v = linear(norm(x, "blocks.0.norm1"), "blocks.0.attn.qkv").chunk(3, -1)
+        x = x + s["blocks.0.ls1.gamma"] * linear(self.mixed(q, k, v), "blocks.0.attn.proj")
+        up = linear(norm(x, "blocks.0.norm2"), "blocks.0.mlp.fc1")
         up = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
-        x = x + s["blocks.0.ls2.gamma"] * (
-            up @ s["blocks.0.mlp.fc2.weight"].T + s["blocks.0.mlp.fc2.bias"])
+        x = x + s["blocks.0.ls2.gamma"] * linear(up, "blocks.0.mlp.fc2")
         self.assertLess(float((tower(image)[0] - norm(x, "norm")).abs().max()), 1e-10)
+
+    def test_clip_vision_by_hand(self):
+        state = clip_state(depth=1)
+        path = self.saved(state)
+        tower = backbones.load_vision(path)
+        self.assertEqual(tower.shape, backbones.VisionShape(
+            16, 128, 1, 2, grid=3, embed=64, form="clip"))
+        self.assertFalse(any(p.requires_grad for p in tower.parameters()))
+        s, norm, linear = self.by_hand(state, 1e-5)
+        image = torch.randn(1, 3, 48, 48).double()
+        x = torch.cat([s["visual.class_embedding"][None],
+                       self.patches(image[0], s["visual.conv1.weight"])])
+        x = norm(x + s["visual.positional_embedding"], "visual.ln_pre")
+        block = "visual.transformer.resblocks.0."
+        q, k, v = linear(norm(x, block + "ln_1"), block + "attn.in_proj", "_").chunk(3, -1)
+        x = x + linear(self.mixed(q, k, v), block + "attn.out_proj")
+        up = linear(norm(x, block + "ln_2"), block + "mlp.c_fc")
+        x = x + linear(up / (1 + torch.exp(-1.702 * up)), block + "mlp.c_proj")
+        x = norm(x, "visual.ln_post")
+        tower.double()
+        self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-10)
+        self.assertLess(float((tower.project(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
+        self.assertEqual(backbones.load_text(path).shape.width, 128)
+
+    def test_eva_vision_by_hand(self):
+        """One block; the angles are the module's, in single precision."""
+        state = eva_state(depth=1)
+        tower = backbones.load_vision(self.saved(state))
+        self.assertEqual(tower.shape, backbones.VisionShape(
+            16, 192, 1, 3, grid=3, embed=64, form="eva"))
+        s, norm, linear = self.by_hand(state, 1e-6)
+        image = torch.randn(1, 3, 48, 48).double()
+        x = torch.cat([s["visual.cls_token"][0],
+                       self.patches(image[0], s["visual.patch_embed.proj.weight"])
+                       + s["visual.patch_embed.proj.bias"]]) + s["visual.pos_embed"][0]
+        block = "visual.blocks.0."
+        y = norm(x, block + "norm1")
+        q, k, v = (y @ s[f"{block}attn.{letter}_proj.weight"].T for letter in "qkv")
+        q, v = q + s[block + "attn.q_bias"], v + s[block + "attn.v_bias"]
+
+        def turned(tokens):
+            """Pairs of channels as complex numbers, multiplied by e^(i angle)."""
+            tokens = tokens.clone()
+            for n in range(9):
+                for c in range(0, 192, 2):
+                    place = n // 3 if c % 64 < 32 else n % 3
+                    angle = place / 3 * 16 * 10000 ** (-(c % 32) / 32)
+                    number = complex(*tokens[1 + n, c:c + 2]) * complex(math.cos(angle),
+                                                                        math.sin(angle))
+                    tokens[1 + n, c], tokens[1 + n, c + 1] = number.real, number.imag
+            return tokens
+
+        y = norm(self.mixed(turned(q), turned(k), v), block + "attn.inner_attn_ln")
+        x = x + linear(y, block + "attn.proj")
+        y = norm(x, block + "norm2")
+        gate = linear(y, block + "mlp.w1")
+        y = gate / (1 + torch.exp(-gate)) * linear(y, block + "mlp.w2")
+        x = norm(x + linear(norm(y, block + "mlp.ffn_ln"), block + "mlp.w3"), "visual.norm")
+        tower.double()
+        self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-5)
+        self.assertLess(float((tower.project(x) - linear(x, "visual.head")).abs().max()), 1e-10)
+
+    def test_rotary_positions_turn_the_image_alone(self):
+        torch.manual_seed(0)
+        tower = backbones.ViT(backbones.VisionShape(8, 128, 1, 2, grid=4, embed=8, form="eva"))
+        rotary = tower.rotary((2, 3))
+        x = torch.randn(1, 2, 5 + 6, 64)        # class token and four guests before the image
+        turned = backbones.turn(x, *rotary)
+        self.assertTrue(torch.equal(turned[:, :, :5], x[:, :, :5]))
+        self.assertTrue(torch.equal(turned[:, :, 5], x[:, :, 5]))       # the place (0, 0)
+        self.assertTrue((turned[:, :, 6:] != x[:, :, 6:]).any(-1).all())
+        self.assertTrue(torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5))
+        # Whatever the grid, places span 16: (1, 0) of two rows is where (2, 0) of four is.
+        self.assertTrue(torch.equal(tower.rotary((2, 3))[0][3], tower.rotary((4, 4))[0][8]))
+
+    def test_eva_files(self):
+        state = eva_state()
+        path = self.saved(state)
+        tower = backbones.load_vision(path)
+        tokens = torch.tensor([[298, 5, 299]])
+        text = backbones.load_text(path)
+        self.assertEqual(text.shape.form, "eva text")
+        self.assertEqual([b.mlp.activation for b in text.blocks], [nn.functional.gelu] * 2)
+        self.assertEqual(text(tokens)[1].shape, (1, 64))
+        self.assertEqual(tower(torch.randn(1, 3, 64, 80)).shape, (1, 1 + 4 * 5, 192))
+        mine = sum(p.numel() for t in (tower, text) for p in t.parameters())
+        self.assertEqual(mine, sum(t.numel() for n, t in state.items() if "freqs" not in n))
+        for change, message in (
+                (lambda s: s.pop("visual.blocks.1.attn.q_bias"),
+                 r"missing, the first: visual\.blocks\.1\.attn\.q_bias"),
+                (lambda s: s.update({"visual.blocks.0.attn.k_bias": torch.zeros(192)}),
+                 "unexpected, the first: visual.blocks.0.attn.k_bias"),
+                (lambda s: s.update({"visual.rope.freqs_sin": s["visual.rope.freqs_cos"]}),
+                 "visual.rope.freqs_sin holds other angles"),
+                (lambda s: s.update({"visual.head.weight": torch.zeros(64, 7)}),
+                 r"visual\.head\.weight, \(64, 7\) in the file, \(64, 192\) expected")):
+            broken = dict(state)
+            change(broken)
+            with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
+                backbones.load_vision(self.saved(broken))
+        state.pop("text.ln_final.bias")
+        with self.assertRaisesRegex(backbones.WeightsError, "first: text.ln_final.bias"):
+            backbones.load_text(self.saved(state))
 
     def test_positions_are_resized_and_can_stay_so(self):
         path = self.saved(dinov2_state())
@@ -398,6 +779,14 @@ class Towers(unittest.TestCase):
         self.assertTrue(torch.equal(stays(image), backbones.load_vision(path)(image)))
         with self.assertRaisesRegex(ValueError, "14 does not divide"):
             backbones.load_vision(path, image_size=100)
+        # DINOv2's antialiased, CLIP's not.
+        for state, antialias in ((dinov2_state(), True), (clip_state(grid=5), False)):
+            tower = backbones.load_vision(self.saved(state))
+            stored = tower.position[:, 1:].transpose(1, 2).unflatten(2, (5, 5))
+            expected = nn.functional.interpolate(stored, (7, 9), mode="bicubic",
+                                                 antialias=antialias).flatten(2).transpose(1, 2)
+            self.assertTrue(torch.equal(tower.positions((7, 9))[:, 1:], expected))
+            self.assertTrue(torch.equal(tower.positions((7, 9))[:, :1], tower.position[:, :1]))
 
     def test_clip_files_plain_and_torchscript(self):
         state = clip_state()
@@ -486,29 +875,33 @@ class Methods(unittest.TestCase):
         return torch.randn(count, 3, size, size), tokens
 
     def test_frozen_stays_and_tuned_learns(self):
-        torch.manual_seed(0)
-        net = model.build("shapes", train_towers=False).train()
-        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
-        images, tokens = self.batch(net, 4)
-        for _ in range(3):
-            masks = (torch.rand(4, 1, 16, 16) > 0.5).float()
-            model.text_to_pixel_loss(net(images, tokens), masks).backward()
-            for name, parameter in net.named_parameters():
-                self.assertEqual(parameter.grad is not None, parameter.requires_grad, name)
-            optimizer.step()
-            optimizer.zero_grad()
-        for name, tensor in net.state_dict().items():
-            frozen = name.startswith(("vision.", "text."))
-            self.assertEqual(torch.equal(tensor, before[name]), frozen, name)
-        self.assertFalse(net.vision.training or net.text.training)
+        for name, positions in (("shapes", False), ("shapes-barleria", True)):
+            torch.manual_seed(0)
+            net = model.build(name, train_towers=False, train_positions=positions).train()
+            before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+            images, tokens = self.batch(net, 4)
+            for _ in range(3):
+                masks = (torch.rand(4, 1, 16, 16) > 0.5).float()
+                model.text_to_pixel_loss(net(images, tokens), masks).backward()
+                for name, parameter in net.named_parameters():
+                    self.assertEqual(parameter.grad is not None, parameter.requires_grad, name)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, tensor in net.state_dict().items():
+                frozen = name.startswith(("vision.", "text.")) and not (
+                    positions and name in ("vision.position", "text.position"))
+                self.assertEqual(torch.equal(tensor, before[name]), frozen, name)
+            self.assertFalse(net.vision.training or net.text.training)
 
     def test_towers_can_learn_too(self):
-        net = model.build("shapes")
-        images, tokens = self.batch(net)
-        net(images, tokens).sum().backward()
-        without = {name for name, p in net.named_parameters() if p.grad is None}
-        self.assertEqual(without, {"vision.mask_token", "text.logit_scale"})
+        for name, idle in (("shapes", {"vision.mask_token", "text.logit_scale"}),
+                           ("shapes-barleria", {"text.logit_scale"})):
+            net = model.build(name)
+            images, tokens = self.batch(net)
+            net(images, tokens).sum().backward()
+            without = {name for name, p in net.named_parameters() if p.grad is None}
+            self.assertEqual(without, idle)
 
     def test_adapters_off_leaves_the_towers_alone(self):
         net = model.build("shapes", visual_adapter_layers=(), text_adapter_layers=()).eval()
@@ -527,11 +920,12 @@ class Methods(unittest.TestCase):
         self.assertTrue(all((x - y).abs().max() > 1e-6 for x, y in zip(a, b)))
 
     def test_logits_are_four_times_the_grid(self):
-        net = model.build("shapes").eval()
-        images, tokens = self.batch(net)
-        side = 4 * net.config.image_size // net.vision.shape.patch
-        self.assertEqual(net(images, tokens).shape, (2, 1, side, side))
-        self.assertEqual(net(images[:, :, :48], tokens).shape, (2, 1, 24, side))
+        for name in ("shapes", "shapes-barleria"):
+            net = model.build(name).eval()
+            images, tokens = self.batch(net)
+            side = 4 * net.config.image_size // net.vision.shape.patch
+            self.assertEqual(net(images, tokens).shape, (2, 1, side, side))
+            self.assertEqual(net(images[:, :, :48], tokens).shape, (2, 1, 24, side))
 
     def test_bad_configurations(self):
         for overrides, message in (
@@ -548,27 +942,44 @@ class Methods(unittest.TestCase):
                 ({"colour": 1}, "no field 'colour'")):
             with self.subTest(overrides), self.assertRaisesRegex(model.ConfigError, message):
                 model.configure("dcris-b", **overrides)
+        for overrides, message in (
+                ({"visual_adapter_rank": 64}, "visual_adapter_rank plays no part in .*barleria"),
+                ({"vision": "dinov2-b", "image_size": 448}, "dinov2-b and text clip-b share no"),
+                ({"vision": "clip-l", "image_size": 420}, "share no space"),
+                ({"image_size": 400, "global_patch": 401}, "global_patch 401 is larger"),
+                ({"global_blocks": 5}, "global_blocks 5: the 12 blocks .* multiple of 5"),
+                ({"global_blocks": -1}, "global_blocks"), ({"flow_steps": 0}, "above 0"),
+                ({"global_width": 100}, "global_width 100 is no multiple of global_heads, 3")):
+            with self.subTest(overrides), self.assertRaisesRegex(model.ConfigError, message):
+                model.configure("barleria", **overrides)
+        with self.assertRaisesRegex(model.ConfigError, "train_towers: DCRIS"):
+            model.configure("shapes", vision="small-clip")
         with self.assertRaisesRegex(model.ConfigError, "no preset 'nothing'; there are shapes"):
             model.build("nothing")
 
     def test_full_size_steps(self):
-        """One optimisation step of dcris-b and of dcris-l at 448 pixels, batch 2."""
-        for name in ("dcris-b", "dcris-l"):
+        """One optimisation step of every preset for real photos."""
+        for name, config in model.PRESETS.items():
+            if config.train_towers:
+                continue
             torch.manual_seed(0)
             net = model.build(name).train()
             tuned = [p for p in net.parameters() if p.requires_grad]
             before = [p.detach().clone() for p in tuned]
             optimizer = torch.optim.Adam(tuned, lr=1e-4)
-            images, tokens = self.batch(net)
+            images, tokens = self.batch(net, 2 if name == "dcris-b" else 1)
             logits = net(images, tokens)
-            self.assertEqual(logits.shape, (2, 1, 128, 128))
-            value = model.text_to_pixel_loss(logits, (torch.rand(2, 1, 448, 448) > 0.5).float())
+            side = {448: 128, 416: 104, 420: 120}[config.image_size]
+            self.assertEqual(logits.shape, (len(images), 1, side, side))
+            masks = (torch.rand(len(images), 1, *images.shape[2:]) > 0.5).float()
+            value = model.text_to_pixel_loss(logits, masks)
             value.backward()
             optimizer.step()
             self.assertTrue(math.isfinite(value.item()))
             moved = sum(not torch.equal(a, b) for a, b in zip(before, tuned))
             # Below the zero up-projection of a text adapter nothing moves in the first step.
-            self.assertEqual(moved, len(tuned) - 2 * len(net.config.text_adapter_layers))
+            still = 2 * len(config.text_adapter_layers) if config.method == "dcris" else 0
+            self.assertEqual(moved, len(tuned) - still, name)
 
 
 class Checkpoints(unittest.TestCase):
@@ -1226,6 +1637,25 @@ class Runs(unittest.TestCase):
              f"--nproc_per_node={processes}", *arguments], check=True, capture_output=True,
             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
         return done.stdout
+
+    def test_mixed_training_of_barleria(self):
+        """The three data sets of `mixed` as copies of the drawn one; evaluated on a part."""
+        place = folder(self)
+        for name, split_by in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
+            shutil.copytree(self.root / "data" / "shapes", place / name)
+            (place / name / "refs(shapes).p").rename(place / name / f"refs({split_by}).p")
+        status, _, err = program(
+            train, *SMALL_RUN, "--preset", "shapes-barleria", "--data", place, "--dataset", "mixed",
+            "--vocabulary", place / "refcoco" / "merges.txt", "--out", place / "run",
+            "--epochs", 1, "--micro-batch", 4)
+        self.assertEqual(status, 0, err)
+        checkpoint = model.read_checkpoint(place / "run" / "best.pt")
+        self.assertEqual(checkpoint["config"]["length"], 22)
+        self.assertEqual(checkpoint["config"]["method"], "barleria")
+        status, printed, err = program(evaluate, "--ckpt", place / "run" / "best.pt", "--data",
+                                       place, "--dataset", "refcoco+", "--split", "val")
+        self.assertEqual(status, 0, err)
+        self.assertIn("| val |", printed)
 
     def test_two_processes_take_the_steps_of_one(self):
         """In double precision, where rounding cannot hide a mistake (Adam makes much of it)."""

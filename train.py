@@ -380,7 +380,7 @@ def parse_arguments():
     parser.add_argument("--preset", default="shapes", choices=model.PRESETS)
     parser.add_argument("--dataset", metavar="NAME",
                         help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes or a "
-                             "folder of DATA (default of preset shapes: shapes)")
+                             "folder of DATA (default of presets shapes*: shapes)")
     parser.add_argument("--out", metavar="DIR", help="default: runs/PRESET, numbered if it is used")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--seed", type=int, default=0)
@@ -409,7 +409,8 @@ def parse_arguments():
         parser.error("--workers and --micro-batch are at least 0")
     if not 0 <= args.seed < 2**31:
         parser.error("--seed is from 0 to 2147483647")
-    args.dataset = args.dataset or ("shapes" if args.preset == "shapes" else None)
+    drawn = model.PRESETS[args.preset].text not in model.PUBLISHED
+    args.dataset = args.dataset or ("shapes" if drawn else None)
     if args.dataset is None:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
     return args
