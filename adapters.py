@@ -130,10 +130,12 @@ class NormalizingFlow(nn.Module):
 
         z_0 = mu + exp(log_sigma) * x,      z_j = z_{j-1} + scale_j * tanh(w_j . z_{j-1} + b_j)
 
-    for every token x of (B, N, width). The paper prints a vector b_j and an elementwise product
-    with w_j, and no affine map; its table's 0.18 million parameters are met by what the authors'
-    program has: a scalar b_j, the inner product, and the map in front. Starts next to the identity
-    (all zero: exactly the identity). No log-Jacobian enters the loss (appendix A.2).
+    for every token x of (B, N, width). scale, w and b are the paper's lambda, gamma and beta. It
+    prints no affine map and a vector beta; the 0.18 million parameters of its table are met with
+    the map and a scalar. It says elementwise product; the authors' program takes the inner one, as
+    the transposed gamma suggests. Starts next to the identity (all zero: exactly the identity).
+    There it is invertible; nothing enforces w_j . scale_j >= -1 later. No log-Jacobian enters the
+    loss (appendix A.2).
     """
 
     def __init__(self, width, steps):
@@ -183,20 +185,22 @@ def global_prior(words, patches, padding):
 
     Words (B, L, E) and patches (B, N, E) are in CLIP's common space, padding (B, L) is True where
     there is no word. Returns (B, L + N, E). The weight is the cosine similarity to the mean of the
-    expression's words, cut off at 0; the paper leaves open how one number comes from F_l's many
-    words. Without gradient, so that the prior does not pull on the towers.
+    expression's tokens, both ends included, negatives set to 0; the paper leaves open how one
+    number comes from F_l's many words. Without gradient, so that the prior does not pull on the
+    towers.
     """
     words, patches = words.detach(), patches.detach()
     real = ~padding[..., None]
     meaning = (words * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)       # (B, 1, E)
     tokens = torch.cat([words, patches], dim=1)
-    return F.cosine_similarity(tokens, meaning, dim=-1).clamp(0, 1)[..., None] * tokens
+    return F.cosine_similarity(tokens, meaning, dim=-1).clamp(min=0)[..., None] * tokens
 
 
 class GlobalBlock(nn.Module):
     """A pre-norm transformer block whose attention also mixes the global prior, BarLeRIa Eq. 6.
 
-    x and prior p_i: (B, N, width). The values are x W_v + p_i W_p.
+    x and prior p_i: (B, N, width). The values are x W_v + p_i W_p (the paper prints I W_p, and says
+    that p is projected).
     """
 
     def __init__(self, width, heads):
@@ -222,9 +226,14 @@ class GlobalBlock(nn.Module):
 class GlobalShortcutTuning(nn.Module):
     """BarLeRIa Eq. 5-8: a narrow transformer beside the towers, steered by the global prior.
 
-    Its tokens are [queries, words, image]. After each of its blocks the image's take in those of
-    one stage of the vision tower, without gradient, so that this network and the one inside the
-    towers do not fight. The image tokens have a patch layer and a grid of positions of their own.
+    Its tokens are [queries, words, image]. The image's have a patch layer and a grid of positions
+    of their own; what the patch leaves over at the right and lower edge is not seen. After each
+    block they take in those of one stage of the vision tower, without gradient (section 2.4): of
+    the towers, only the words are reached by this network's.
+
+    Left open by the paper, and here: the sum of Eq. 8 goes on into the next block; one LayerNorm
+    and linear layer brings all stages to this width; queries have no prior; padding takes part like
+    words.
     """
 
     def __init__(self, vision_width, text_width, embed, out_width, width, heads, blocks, queries,
@@ -248,18 +257,18 @@ class GlobalShortcutTuning(nn.Module):
         `stages` are the vision tower's patch tokens (B, h*w, D) on the grid (h, w), one a block.
         """
         x = self.patch(images)
-        own_grid = x.shape[-2:]                     # floor(S / patch), and the tower's from I_2 on
+        image_grid = x.shape[-2:]                   # this network's, until Eq. 8
         image = x.flatten(2).transpose(1, 2)
-        image = image + resized(self.position, (self.side, self.side), own_grid)
+        image = image + resized(self.position, (self.side, self.side), image_grid)
         others = torch.cat([self.queries.expand(len(images), -1, -1), self.words(words)], dim=1)
         prior_words, prior_patches = prior.split([words.shape[1], stages[0].shape[1]], dim=1)
-        for project, block, stage in zip(self.priors, self.blocks, stages):
-            p = project(torch.cat([prior_words, resized(prior_patches, grid, own_grid)], dim=1))
+        for project, block, stage in zip(self.priors, self.blocks, stages, strict=True):
+            p = project(torch.cat([prior_words, resized(prior_patches, grid, image_grid)], dim=1))
             p = F.pad(p, (0, 0, self.queries.shape[1], 0))      # queries have none
             x = block(torch.cat([others, image], dim=1), p)                         # Eq. 5, 7
             others, image = x.split([others.shape[1], image.shape[1]], dim=1)
-            image = resized(image, own_grid, grid) + self.stage(stage.detach())     # Eq. 8
-            own_grid = grid
+            image = resized(image, image_grid, grid) + self.stage(stage.detach())   # Eq. 8
+            image_grid = grid
         return self.out(image).transpose(1, 2).unflatten(2, grid)
 
 

@@ -56,8 +56,8 @@ class Form(NamedTuple):
     eps: float = 1e-5               # of the LayerNorms
     causal: bool = False            # a token sees itself and those before it
     layer_scale: bool = False       # a learned factor per channel at the end of both branches
-    rotary: bool = False            # EVA-02: turned queries and keys, gated MLP, norms inside both
-    norm_before: bool = False       # a LayerNorm before the first block; patches have no bias
+    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
+    norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
     mask_token: bool = False        # of self-supervised pretraining
     antialias: bool = False         # when the grid of positions is resized
 
@@ -65,17 +65,17 @@ class Form(NamedTuple):
 FORMS = {
     "dinov2": Form(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
     "clip": Form(quick_gelu, norm_before=True),
-    "eva": Form(F.silu, eps=1e-6, rotary=True),
+    "eva": Form(F.silu, eps=1e-6, eva=True),
     "clip text": Form(quick_gelu, causal=True),
     "eva text": Form(F.gelu, causal=True),
 }
 
 
-def attend(q, k, v, heads, causal=False, rotary=None):
-    """softmax(q k^T / sqrt(D/heads)) v for each head; all (B, N, D)."""
+def attend(q, k, v, heads, causal=False, angles=None):
+    """softmax(q k^T / sqrt(D/heads)) v for each head; all (B, N, D). `angles`: of `ViT.angles`."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if rotary is not None:
-        q, k = turn(q, *rotary), turn(k, *rotary)
+    if angles is not None:
+        q, k = turn(q, *angles), turn(k, *angles)
     x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)           # (B, heads, N, D/heads)
     return x.transpose(1, 2).flatten(2)
 
@@ -83,7 +83,7 @@ def attend(q, k, v, heads, causal=False, rotary=None):
 def turn(x, cos, sin):
     """Rotary positions: turns pairs of channels of the image's tokens, which are the last ones.
 
-    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.rotary`'s. Whatever stands
+    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.angles`'s. Whatever stands
     before the image has no place in it and stays as it is.
     """
     others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
@@ -101,8 +101,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, causal=False, rotary=None):
-        return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, rotary))
+    def forward(self, x, causal=False, angles=None):
+        return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, angles))
 
 
 class InnerNormAttention(nn.Module):
@@ -117,8 +117,8 @@ class InnerNormAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, causal=False, rotary=None):
-        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
+    def forward(self, x, causal=False, angles=None):
+        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, angles)
         return self.out(self.norm(x))
 
 
@@ -167,16 +167,16 @@ class Block(nn.Module):
         super().__init__()
         self.causal = form.causal
         self.norm1 = nn.LayerNorm(width, form.eps)
-        self.attention = (InnerNormAttention(width, heads, form.eps) if form.rotary else
+        self.attention = (InnerNormAttention(width, heads, form.eps) if form.eva else
                           Attention(width, heads))
         self.scale1 = LayerScale(width) if form.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, form.eps)
-        self.mlp = (GatedMLP(width, form.activation, form.eps) if form.rotary else
+        self.mlp = (GatedMLP(width, form.activation, form.eps) if form.eva else
                     MLP(width, form.activation))
         self.scale2 = LayerScale(width) if form.layer_scale else nn.Identity()
 
-    def forward(self, x, attached=NOTHING, rotary=None):
-        attention = self.attention(self.norm1(x), self.causal, rotary)
+    def forward(self, x, attached=NOTHING, angles=None):
+        attention = self.attention(self.norm1(x), self.causal, angles)
         x = attached.attention_shortcut(x) + self.scale1(attention)
         normed = self.norm2(x)
         mlp = self.mlp(normed)
@@ -235,8 +235,8 @@ class ViT(nn.Module):
     """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its form.
 
     Tokens are [class, registers, patches row by row], (B, 1 + registers + H/P * W/P, D). The
-    learned grid of positions is resized to the image's own grid, bicubically as each publisher does
-    it (DINOv2's antialiased). Raises ValueError where the patch does not divide the image.
+    learned grid of positions is resized to the image's own grid, bicubically; DINOv2's antialiased,
+    as published. Raises ValueError where the patch does not divide the image.
     """
 
     def __init__(self, shape):
@@ -258,7 +258,7 @@ class ViT(nn.Module):
             Block(width, shape.heads, form) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width, form.eps)
         if shape.embed:
-            self.projection = nn.Linear(width, shape.embed, bias=form.rotary)
+            self.projection = nn.Linear(width, shape.embed, bias=form.eva)      # CLIP's has none
         for parameter in (self.class_token, self.registers, self.position):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -285,14 +285,14 @@ class ViT(nn.Module):
                                 antialias=FORMS[self.shape.form].antialias)
         return torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
 
-    def rotary(self, grid):
+    def angles(self, grid):
         """By how much EVA-02 turns queries and keys at every place of a grid; None for others.
 
         Cosines and sines (rows * columns, D/heads), each angle twice in a row. The first half of
         the channels turns with the row, the second with the column, channel pair i at the rate
         10000^(-4i / (D/heads)). At any grid, places span the 16x16 of its pretraining.
         """
-        if not FORMS[self.shape.form].rotary:
+        if not FORMS[self.shape.form].eva:
             return None
         half = self.shape.width // self.shape.heads // 2
         rates = 10000 ** -(torch.arange(0, half, 2, device=self.position.device) / half)
@@ -334,9 +334,9 @@ class ViT(nn.Module):
 
     def forward(self, images):
         """Images (B, 3, H, W), normalised, to the final normed tokens (B, N, D)."""
-        x, rotary = self.embed(images), self.rotary(self.grid(images))
+        x, angles = self.embed(images), self.angles(self.grid(images))
         for block in self.blocks:
-            x = block(x, rotary=rotary)
+            x = block(x, angles=angles)
         return self.final(x)
 
 
@@ -356,7 +356,7 @@ class TextTransformer(nn.Module):
         self.position = nn.Parameter(torch.zeros(shape.positions, width))
         self.blocks = nn.ModuleList(
             Block(width, shape.heads, FORMS[shape.form]) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, FORMS[shape.form].eps)
         self.projection = nn.Parameter(torch.zeros(width, shape.embed))
         # The temperature of CLIP's pretraining loss; kept so that files load whole.
         self.logit_scale = nn.Parameter(torch.zeros(()))
@@ -379,8 +379,11 @@ class TextTransformer(nn.Module):
         """Tokens after the last block to `words` (B, L, D), normed, and `sentence` (B, E)."""
         words = self.norm(x)
         end = tokens.argmax(dim=-1)
-        sentence = words[torch.arange(len(words), device=words.device), end] @ self.projection
-        return words, sentence
+        return words, self.project(words[torch.arange(len(words), device=words.device), end])
+
+    def project(self, words):
+        """Final words (..., D) into the space shared with the photo (..., E)."""
+        return words @ self.projection
 
     def forward(self, tokens):
         """Token ids (B, L) to `words` (B, L, D) and `sentence` (B, E)."""
@@ -547,8 +550,8 @@ def load_vision(path, image_size=None):
         form=layout.form)
     tower = filled(ViT, shape, state, path, layout.names)
     for name, table in tables.items():              # EVA-02's own cosines and sines
-        ours = tower.rotary((grid, grid))[name.endswith("sin")]
-        if table.shape != ours.shape or not (table - ours).abs().max() < 0.01:  # single and half
+        ours = tower.angles((grid, grid))[name.endswith("sin")]
+        if table.shape != ours.shape or not (table - ours).abs().max() < 0.01:   # of halves
             raise WeightsError(f"{path}: tensor {name} holds other angles than those of EVA-02 "
                                f"as CLIP")
     if image_size is not None:

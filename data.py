@@ -406,7 +406,7 @@ def read_split(data, name, split, skip_broken=False, keep_leaks=False):
 
     `mixed` joins refcoco, refcoco+ and refcocog-umd. Their splits overlap, so its train leaves out
     every image that stands in a val or test split of any of the three; `keep_leaks` joins them as
-    they are, which is what the authors trained on. (G-Ref's google split is not looked at.)
+    they are, which is what DCRIS's authors trained on. (G-Ref's google split is not looked at.)
     """
     parts = MIXED if name == "mixed" else (name,)
     joined, held_out, skipped, found = [], set(), 0, set()

@@ -53,7 +53,7 @@ class Config:
     text_flows: bool = True             # and of the text tower
     flow_steps: int = 4                 # planar flows in each
     intertwined: bool = True            # words visit the vision tower, its class token the text
-    intertwined_rank: int = 32
+    intertwined_rank: int = 32          # of their projections, and of the global branch's for words
     global_blocks: int = 4              # of global shortcut tuning; 0: none of it
     global_width: int = 144
     global_heads: int = 3
@@ -64,7 +64,7 @@ class Config:
     head_width: int = 512
     head_heads: int = 8
     head_layers: int = 3                # of the decoder
-    dropout: float = 0.1                # of decoder and adapters
+    dropout: float = 0.1                # of the decoder and the DenseCross adapters
     # how it is trained
     batch_size: int = 32                # over all processes together
     lr: float = 1e-4
@@ -118,8 +118,8 @@ class DCRIS(nn.Module):
     Frozen DINOv2 with DenseCross adapters, frozen CLIP text tower with text adapters, and the head.
     """
 
-    fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
-              "text_adapter_rank")
+    own_fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
+                  "text_adapter_rank")      # of Config, for no other method
 
     @staticmethod
     def check(config, vision, text):
@@ -163,14 +163,14 @@ class DCRIS(nn.Module):
     def image_branch(self, images, words):
         """Images and words to the three maps f_v (B, D, S/P, S/P)."""
         grid = self.vision.grid(images)
-        x, rotary = self.vision.embed(images), self.vision.rotary(grid)
+        x, angles = self.vision.embed(images), self.vision.angles(grid)
         features = []
         for i, block in enumerate(self.vision.blocks):
             attached = backbones.NOTHING
             if str(i) in self.dense_cross_adapters:
                 attached = Attached(beside_mlp=partial(self.dense_cross_adapters[str(i)],
                                                        words=words, grid=grid))
-            x = block(x, attached, rotary)
+            x = block(x, attached, angles)
             if i in self.config.features:
                 features.append(self.vision.as_map(x, grid))
         features.append(self.vision.as_map(self.vision.final(x), grid))
@@ -180,18 +180,19 @@ class DCRIS(nn.Module):
 class BarLeRIa(nn.Module):
     """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side, a third network beside them.
 
-    Frozen CLIP with normalizing flows on the shortcuts of its blocks. Each block has guests from
-    the other tower, and the global branch runs along with the finished towers.
+    Frozen CLIP with normalizing flows on the shortcuts of its blocks, each of which has guests from
+    the other tower; then the global branch, which reads the stages that the photo passed through.
     """
 
-    fields = ("visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
-              "global_blocks", "global_width", "global_heads", "global_queries", "global_patch")
+    own_fields = ("visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
+                  "global_blocks", "global_width", "global_heads", "global_queries",
+                  "global_patch")
 
     @staticmethod
     def check(config, vision, text):
-        if vision.embed != text.embed:
-            raise ConfigError(f"vision {config.vision} and text {config.text} share no space of "
-                              f"one width; BarLeRIa takes the two towers of one CLIP")
+        if vision.embed != text.embed or config.text in PUBLISHED and config.vision != config.text:
+            raise ConfigError(f"vision {config.vision} and text {config.text} are not the two "
+                              f"towers of one CLIP, whose tokens BarLeRIa compares")
         if config.global_blocks < 0:
             raise ConfigError(f"global_blocks is {config.global_blocks}; it must be at least 0")
         for field, divisor in (("text", text.depth), ("global_blocks", config.global_blocks)):
@@ -208,56 +209,58 @@ class BarLeRIa(nn.Module):
     def __init__(self, config, vision, text):
         super().__init__()
         self.config, self.vision, self.text = config, vision, text
-        widths = vision.shape.width, text.shape.width
+        visual_width, text_width, embed = vision.shape.width, text.shape.width, text.shape.embed
         self.visual_flows = flow_pairs(vision, config.visual_flows, config.flow_steps)
         self.text_flows = flow_pairs(text, config.text_flows, config.flow_steps)
-        self.intertwiner = (Intertwiner(*widths, config.intertwined_rank)
+        self.intertwiner = (Intertwiner(visual_width, text_width, config.intertwined_rank)
                             if config.intertwined else None)
         self.global_branch = GlobalShortcutTuning(
-            *widths, text.shape.embed, config.head_width, config.global_width,
-            config.global_heads, config.global_blocks, config.global_queries,
-            config.intertwined_rank, config.global_patch,
-            config.image_size // config.global_patch) if config.global_blocks else None
-        self.head = Head([widths[0], widths[0], vision.shape.embed], widths[1], text.shape.embed,
+            visual_width, text_width, embed, out_width=config.head_width,
+            width=config.global_width, heads=config.global_heads, blocks=config.global_blocks,
+            queries=config.global_queries, rank=config.intertwined_rank,
+            patch=config.global_patch, side=config.image_size // config.global_patch,
+        ) if config.global_blocks else None
+        self.head = Head([visual_width, visual_width, embed], text_width, embed,
                          config.head_width, config.head_heads, config.head_layers, config.dropout,
                          residual=False)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, padding = self.vision.grid(images), after_end(tokens)
-        stages, words, sentence = self.local_branch(images, tokens, grid)
-        projected = self.vision.project(self.vision.final(stages[-1]))      # F_v, (B, N, E)
+        after_block, words, sentence = self.local_branch(images, tokens, grid)
+        projected = self.vision.project(self.vision.final(after_block[-1]))     # F_v, (B, N, E)
         features = [self.vision.as_map(x, grid)
-                    for x in (*(stages[i] for i in self.config.features), projected)]
+                    for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
         if self.global_branch is not None:
             first = self.vision.prefix
-            prior = global_prior(words @ self.text.projection, projected[:, first:], padding)
-            step = len(stages) // self.config.global_blocks
-            shortcut = self.global_branch(                                  # F_out^M
-                images, words, prior, [x[:, first:] for x in stages[step - 1::step]], grid)
+            prior = global_prior(self.text.project(words), projected[:, first:], padding)
+            step = len(after_block) // self.config.global_blocks    # 3: blocks 3, 6, 9, 12 from 1
+            stages = [x[:, first:] for x in after_block[step - 1::step]]
+            shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
         return self.head(features, words, sentence, padding, shortcut)
 
     def local_branch(self, images, tokens, grid):
-        """BarLeRIa Eq. 2-3: the towers' tokens go up side by side and visit each other.
+        """BarLeRIa Eq. 2-3: both towers block by block, each with guests from the other.
 
-        Returns the vision tower's tokens (B, N, D) after every block, words and sentence. Where it
-        has more blocks than the text tower, as many of them in a row have the same guests.
+        Returns the vision tower's tokens (B, N, D) after every block, words and sentence. A vision
+        tower r times as deep as the text tower takes r blocks to each of its blocks. All r receive
+        the same words, and the text block the class token from before the first of them.
         """
-        image_tokens, words = self.vision.embed(images), self.text.embed(tokens)
-        rotary = self.vision.rotary(grid)
+        x, words = self.vision.embed(images), self.text.embed(tokens)
+        angles = self.vision.angles(grid)
         ratio = len(self.vision.blocks) // len(self.text.blocks)
-        stages = []
+        after_block = []
         for i, text_block in enumerate(self.text.blocks):
-            guests, host = image_tokens[:, :0], words[:, :0]                # nobody
+            word_guests, class_guest = x[:, :0], words[:, :0]               # nobody
             if self.intertwiner is not None:
-                guests, host = self.intertwiner(words, image_tokens[:, :1])
+                word_guests, class_guest = self.intertwiner(words, x[:, :1])
             for j in range(ratio * i, ratio * (i + 1)):
-                image_tokens = visited(self.vision.blocks[j], image_tokens, guests,
-                                       self.vision.prefix, self.visual_flows[j], rotary)
-                stages.append(image_tokens)
-            words = visited(text_block, words, host, 0, self.text_flows[i])
-        return stages, *self.text.final(words, tokens)
+                x = with_guests(self.vision.blocks[j], x, word_guests, self.vision.prefix,
+                                self.visual_flows[j], angles)
+                after_block.append(x)
+            words = with_guests(text_block, words, class_guest, 0, self.text_flows[i])
+        return after_block, *self.text.final(words, tokens)
 
 
 def flow_pairs(tower, wanted, steps):
@@ -267,15 +270,15 @@ def flow_pairs(tower, wanted, steps):
         for _ in tower.blocks)
 
 
-def visited(block, x, guests, place, flows, rotary=None):
-    """One block over x (B, N, D) with guests (B, G, D) in front of x[:, place], who then leave.
+def with_guests(block, x, guests, index, flows, angles=None):
+    """One block over x (B, N, D) and guests (B, G, D) in front of x[:, index], who then leave.
 
-    In the vision tower words stand between class token and image; in the text tower the class
-    token stands first, so that under the causal mask every word sees it.
+    In the vision tower words stand between class token and image (padding, too); in the text tower
+    the class token stands first, so that under the causal mask every word sees it.
     """
-    x = torch.cat([x[:, :place], guests, x[:, place:]], dim=1)
-    x = block(x, Attached(*flows), rotary)
-    return torch.cat([x[:, :place], x[:, place + guests.shape[1]:]], dim=1)
+    x = torch.cat([x[:, :index], guests, x[:, index:]], dim=1)
+    x = block(x, Attached(*flows), angles)
+    return torch.cat([x[:, :index], x[:, index + guests.shape[1]:]], dim=1)
 
 
 METHODS = {"dcris": DCRIS, "barleria": BarLeRIa}
@@ -304,8 +307,8 @@ def check(config):
             raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
                               f"there are {', '.join(table)}")
     method, vision, text = METHODS[config.method], VISION[config.vision], TEXT[config.text]
-    foreign = {field for other in METHODS.values() for field in other.fields}
-    for field in sorted(foreign.difference(method.fields)):
+    foreign = {field for other in METHODS.values() for field in other.own_fields}
+    for field in sorted(foreign.difference(method.own_fields)):
         if getattr(config, field) != getattr(Config, field):
             raise ConfigError(f"{field} plays no part in method {config.method}")
     for field, most in (("image_size", 4096), ("length", 1000), ("visual_adapter_rank", 8192),
@@ -328,7 +331,7 @@ def check(config):
     for field, depth in (("visual_adapter_layers", vision.depth),
                          ("text_adapter_layers", text.depth), ("features", vision.depth)):
         layers = getattr(config, field)
-        if field in method.fields + ("features",) and any(not 0 <= i < depth for i in layers):
+        if field in method.own_fields + ("features",) and any(not 0 <= i < depth for i in layers):
             raise ConfigError(f"{field} {layers}: the tower has {depth} blocks, 0 to {depth - 1}")
         if list(layers) != sorted(set(layers)):
             raise ConfigError(f"{field} {layers}: each block once, in order")
@@ -345,9 +348,9 @@ def check(config):
 def build(name, vision_weights=None, text_weights=None, **overrides):
     """A model from a preset's name and changed fields of its configuration.
 
-    Towers come from the files given and are random without them; they are frozen unless
-    `train_towers`. `model.sources` says where they came from. Raises ConfigError, WeightsError,
-    OSError.
+    Towers come from the files given and are random without them; `model.sources` says which. They
+    are frozen unless `train_towers`; `train_positions` frees their position embeddings alone.
+    Raises ConfigError, WeightsError, OSError.
     """
     return assemble(configure(name, **overrides), vision_weights, text_weights)
 
@@ -516,8 +519,8 @@ def restore(path, checkpoint, vision_weights=None, text_weights=None):
 def count(model):
     """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
 
-    Positions are the towers' position embeddings where they learn and the towers do not: the
-    papers train those of CLIP without counting them.
+    Positions are the towers' position embeddings where they learn and the towers do not: BarLeRIa's
+    authors train those of CLIP, and do not count them.
     """
     sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
     for name, parameter in model.named_parameters():

@@ -454,11 +454,11 @@ class BarleriaEquations(unittest.TestCase):
         x, guests = torch.randn(2, 37, 16).double(), torch.randn(2, 6, 16).double()
         order = torch.cat([torch.tensor([0]), 1 + torch.randperm(36)])
         block, flows = net.vision.blocks[0], net.visual_flows[0]
-        there = model.visited(block, x, guests, 1, flows)
+        there = model.with_guests(block, x, guests, 1, flows)
         self.assertEqual(there.shape, x.shape)
-        self.assertLess(float((model.visited(block, x[:, order], guests, 1, flows)
+        self.assertLess(float((model.with_guests(block, x[:, order], guests, 1, flows)
                                - there[:, order]).abs().max()), 1e-10)
-        self.assertGreater(float((model.visited(block, x, guests.flip(2), 1, flows)
+        self.assertGreater(float((model.with_guests(block, x, guests.flip(2), 1, flows)
                                   - there).abs().min(-1).values.max()), 1e-6)
         for tokens in net.local_branch(self.images, self.tokens, (6, 6))[0]:
             self.assertEqual(tokens.shape, (2, 37, 16))
@@ -467,12 +467,12 @@ class BarleriaEquations(unittest.TestCase):
         net = tiny_barleria()
         block, flows = net.text.blocks[0], net.text_flows[0]
         words, host = torch.randn(1, 6, 12).double(), torch.randn(1, 1, 12).double()
-        there = model.visited(block, words, host, 0, flows)
+        there = model.with_guests(block, words, host, 0, flows)
         later = words.clone()
         later[:, 3] = torch.randn(12)
-        changed = (model.visited(block, later, host, 0, flows) - there).abs().amax(-1)[0]
+        changed = (model.with_guests(block, later, host, 0, flows) - there).abs().amax(-1)[0]
         self.assertEqual((changed > 0).tolist(), [False] * 3 + [True] * 3)
-        seen = (model.visited(block, words, host + torch.randn(12), 0, flows) - there).abs()
+        seen = (model.with_guests(block, words, host + torch.randn(12), 0, flows) - there).abs()
         self.assertTrue((seen.amax(-1) > 1e-6).all())
 
     def test_what_is_detached_and_what_is_not(self):
@@ -480,11 +480,11 @@ class BarleriaEquations(unittest.TestCase):
         stages, words, sentence = net.local_branch(self.images, self.tokens, (6, 6))
         projected = net.vision.project(net.vision.final(stages[-1]))
         self.assertTrue(words.requires_grad and projected.requires_grad)
-        prior = adapters.global_prior(words @ net.text.projection, projected,
+        prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:],
                                       backbones.after_end(self.tokens))
         self.assertFalse(prior.requires_grad)
         leaves = [x[:, 1:].detach().requires_grad_() for x in stages]
-        prior, words = prior[:, :42].requires_grad_(), words.detach().requires_grad_()
+        prior, words = prior.requires_grad_(), words.detach().requires_grad_()
         net.global_branch(self.images, words, prior, leaves, (6, 6)).square().sum().backward()
         self.assertTrue(all(x.grad is None for x in leaves))        # F_v^i
         self.assertGreater(float(words.grad.abs().max()), 1e-6)     # the words pull
@@ -731,15 +731,15 @@ class Towers(unittest.TestCase):
     def test_rotary_positions_turn_the_image_alone(self):
         torch.manual_seed(0)
         tower = backbones.ViT(backbones.VisionShape(8, 128, 1, 2, grid=4, embed=8, form="eva"))
-        rotary = tower.rotary((2, 3))
+        angles = tower.angles((2, 3))
         x = torch.randn(1, 2, 5 + 6, 64)        # class token and four guests before the image
-        turned = backbones.turn(x, *rotary)
+        turned = backbones.turn(x, *angles)
         self.assertTrue(torch.equal(turned[:, :, :5], x[:, :, :5]))
         self.assertTrue(torch.equal(turned[:, :, 5], x[:, :, 5]))       # the place (0, 0)
         self.assertTrue((turned[:, :, 6:] != x[:, :, 6:]).any(-1).all())
         self.assertTrue(torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5))
         # Whatever the grid, places span 16: (1, 0) of two rows is where (2, 0) of four is.
-        self.assertTrue(torch.equal(tower.rotary((2, 3))[0][3], tower.rotary((4, 4))[0][8]))
+        self.assertTrue(torch.equal(tower.angles((2, 3))[0][3], tower.angles((4, 4))[0][8]))
 
     def test_eva_files(self):
         state = eva_state()
@@ -944,8 +944,9 @@ class Methods(unittest.TestCase):
                 model.configure("dcris-b", **overrides)
         for overrides, message in (
                 ({"visual_adapter_rank": 64}, "visual_adapter_rank plays no part in .*barleria"),
-                ({"vision": "dinov2-b", "image_size": 448}, "dinov2-b and text clip-b share no"),
-                ({"vision": "clip-l", "image_size": 420}, "share no space"),
+                ({"vision": "dinov2-b", "image_size": 448}, "dinov2-b and text clip-b are not"),
+                ({"vision": "clip-l", "image_size": 420}, "are not the two towers"),
+                ({"vision": "eva-b"}, "are not the two towers of one CLIP"),
                 ({"image_size": 400, "global_patch": 401}, "global_patch 401 is larger"),
                 ({"global_blocks": 5}, "global_blocks 5: the 12 blocks .* multiple of 5"),
                 ({"global_blocks": -1}, "global_blocks"), ({"flow_steps": 0}, "above 0"),

@@ -388,7 +388,7 @@ def parse_arguments():
                         help="samples a process takes at once; gradients add up to the batch")
     parser.add_argument("--keep-leaks", action="store_true",
                         help="mixed: train also on photos of the val and test splits, as the "
-                             "authors did")
+                             "authors of DCRIS did")
     parser.add_argument("--random-towers", action="store_true",
                         help="towers without their weights, e.g. to try out a machine")
     evaluate.add_shared_arguments(parser)
