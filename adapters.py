@@ -278,3 +278,149 @@ def resized(tokens, grid, new_grid):
         return tokens
     x = F.interpolate(tokens.transpose(1, 2).unflatten(2, grid), new_grid, mode="bilinear")
     return x.flatten(2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# ETRIS
+# ---------------------------------------------------------------------------------------------
+
+class GatedCrossAttention(nn.Module):
+    """Tokens x (B, N, width) times what they find in the other tower's (B, M, width)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x, other):
+        return x * self.attention(x, other, other, need_weights=False)[0]
+
+
+def pointwise_bn_relu(width, out_width):
+    """A 1x1 convolution of patches (B, width, N), without bias, and all that follows it."""
+    return nn.Sequential(
+        nn.Conv1d(width, out_width, 1, bias=False), nn.BatchNorm1d(out_width), nn.ReLU())
+
+
+class Bridge(nn.Module):
+    """One stage of ETRIS's Bridger (Xu et al., 2023): patches and words look at each other.
+
+    Both come down to `width` channels, are joined with what entered the stage before (but for the
+    first), look at each other, go back up and are added. ETRIS transposes one convolution a stage;
+    with a 1x1 kernel that is the same layer with its weight transposed.
+    """
+
+    def __init__(self, vision_width, text_width, width, heads, first):
+        super().__init__()
+        self.patches_down = pointwise_bn_relu(vision_width, width)
+        self.words_down = nn.Linear(text_width, width)
+        if not first:
+            self.patches_norm, self.words_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.patches_read = GatedCrossAttention(width, heads)
+        self.words_read = GatedCrossAttention(width, heads)
+        self.patches_up = pointwise_bn_relu(width, vision_width)
+        self.words_up = nn.Linear(width, text_width)
+
+    def forward(self, patches, words, before=None):
+        """Patches (B, N, vision_width) and words (B, L, text_width), and what entered this stage.
+
+        `before` is what entered the last one, a pair (B, N, width) and (B, L, width).
+        """
+        v = self.patches_down(patches.transpose(1, 2)).transpose(1, 2)
+        t = self.words_down(words)
+        if before is not None:
+            v, t = self.patches_norm(v + before[0]), self.words_norm(t + before[1])
+        found = self.patches_up(self.patches_read(v, t).transpose(1, 2)).transpose(1, 2)
+        return patches + found, words + self.words_up(self.words_read(t, v)), (v, t)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tuners of one tower at a time
+# ---------------------------------------------------------------------------------------------
+
+class HoulsbyAdapter(nn.Module):
+    """Houlsby et al. (2019), behind a block's MLP: x + Up(ReLU(Down(x))), (B, N, width).
+
+    Starts as the identity: the up-projection is zero.
+    """
+
+    def __init__(self, width, rank):
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, width)
+        kaiming(self)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu())
+
+
+class KroneckerFactors(nn.Module):
+    """The small matrices A_i, (n, n, n), that all of a model's Compacter adapters share."""
+
+    def __init__(self, n=4):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(n, n, n) * n ** -0.5)
+
+
+class KroneckerLinear(nn.Module):
+    """A linear layer whose weight is the sum over i of A_i (x) B_i, a quarter of the numbers."""
+
+    def __init__(self, width, out_width, factors):
+        super().__init__()
+        n = len(factors.a)
+        self.factors = (factors,)       # in a tuple: they are the model's, not this layer's
+        self.b = nn.Parameter(torch.randn(n, out_width // n, width // n) * (2 / width) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(out_width))
+
+    def weight(self):
+        products = torch.einsum("iab,icd->acbd", self.factors[0].a, self.b)
+        return products.flatten(2).flatten(0, 1)                            # (out_width, width)
+
+    def forward(self, x):
+        return F.linear(x, self.weight(), self.bias)
+
+
+class CompacterAdapter(nn.Module):
+    """Compacter (Karimi Mahabadi et al., 2021), behind a block's MLP.
+
+    A Houlsby adapter of Kronecker-factored layers. The B_i are full matrices, where that paper also
+    factors them: with its rank 1 no width of the bottleneck reaches the 1.62 million parameters of
+    DCRIS Table 2.
+    """
+
+    def __init__(self, width, rank, factors):
+        super().__init__()
+        self.down = KroneckerLinear(width, rank, factors)
+        self.up = KroneckerLinear(rank, width, factors)
+        nn.init.zeros_(self.up.b)
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu())
+
+
+class LoRA(nn.Module):
+    """Hu et al. (2021): a frozen linear layer, and beside it Up(Down(x)) without a ReLU.
+
+    Where one layer stands for several `parts` (query, key and value), each has a pair of its own.
+    Starts as the frozen layer: Up is zero.
+    """
+
+    def __init__(self, frozen, rank, parts=1):
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Parameter(torch.randn(parts, rank, frozen.in_features)
+                                 * frozen.in_features ** -0.5)
+        self.up = nn.Parameter(torch.zeros(parts, frozen.out_features // parts, rank))
+
+    def forward(self, x):
+        low = F.linear(x, self.down.flatten(0, 1)).unflatten(-1, self.up.shape[::2])
+        return self.frozen(x) + torch.einsum("bnpr,por->bnpo", low, self.up).flatten(2)
+
+    def merged(self):
+        """The one linear layer that does the same: nothing is left to pay when it is used."""
+        layer = nn.Linear(self.frozen.in_features, self.frozen.out_features,
+                          self.frozen.bias is not None).to(self.frozen.weight)
+        layer.load_state_dict(self.frozen.state_dict())
+        with torch.no_grad():
+            layer.weight += (self.up @ self.down).flatten(0, 1)
+        return layer

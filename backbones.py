@@ -324,9 +324,13 @@ class ViT(nn.Module):
         """The tokens after the last block to the tower's output: a LayerNorm."""
         return self.norm(x)
 
+    @property
+    def projected_width(self):
+        return self.shape.embed or self.shape.width
+
     def project(self, x):
-        """Final tokens (B, N, D) into the space shared with the text (B, N, E); CLIP's towers."""
-        return self.projection(x)
+        """Final tokens (B, N, D) into CLIP's space (B, N, E); as they are where there is none."""
+        return self.projection(x) if self.shape.embed else x
 
     def as_map(self, x, grid):
         """The patch tokens of x as a map: (B, N, D) to (B, D, rows, columns)."""
@@ -399,6 +403,11 @@ def after_end(tokens):
     The authors' programs ask for id 0 instead, which is also the id of a "!" inside a word.
     """
     return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
+
+
+def from_clip(tower):
+    """Whether a tower is of CLIP's kind, whose position embeddings the authors leave to learn."""
+    return tower.shape.form != "dinov2"
 
 
 def freeze(tower):
@@ -509,6 +518,7 @@ TEXT_LAYOUTS = [
     Layout("clip text", "token_embedding.weight", CLIP_TEXT_NAMES),
     Layout("eva text", "text.token_embedding.weight", EVA_TEXT_NAMES),
 ]
+ORDINARY = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
 # Numbers that OpenAI's archives carry among their tensors.
 CLIP_ATTRIBUTES = {"input_resolution", "context_length", "vocab_size"}
 
@@ -526,7 +536,8 @@ def load_vision(path, image_size=None):
     state, layout = read_layout(path, "vision", VISION_LAYOUTS)
     if layout.form != "dinov2":                     # both towers are in the file
         state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
-    tables = {name: state.pop(name) for name in list(state) if ".freqs_" in name}
+    tables = {name: state.pop(name) for name in list(state)
+              if ".freqs_" in name and layout.form == "eva"}
 
     def size(name, count):
         return dimensions(path, state, renamed(name, layout.names), count)
@@ -604,7 +615,17 @@ def read_tensors(path):
             isinstance(name, str) and isinstance(tensor, torch.Tensor)
             for name, tensor in state.items()):
         raise WeightsError(f"{path}: not a table of named tensors")
+    check_plain(path, state)
     return dict(state)
+
+
+def check_plain(path, state):
+    """WeightsError for an entry that is no ordinary tensor of numbers, all of them in the file."""
+    for name, tensor in state.items():
+        if (not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided
+                or tensor.is_nested or tensor.is_meta or tensor.dtype not in ORDINARY
+                or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()):
+            raise WeightsError(f"{path}: {name} is not a plain tensor of numbers")
 
 
 def read_file(path):
@@ -637,7 +658,7 @@ def read_file(path):
 def count_blocks(path, state, layout):
     prefix = renamed("blocks.", layout.names).removesuffix(".")
     numbers = [int(match[1]) for match in
-               (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state) if match]
+               (re.match(rf"{re.escape(prefix)}\.(\d{{1,4}})\.", name) for name in state) if match]
     missing = set(range(len(set(numbers)) or 1)) - set(numbers)
     if missing:
         raise WeightsError(f"{path}: tensors missing: there is no {prefix}.{min(missing)}.*")
@@ -674,12 +695,7 @@ def fill(module, state, path, names=(), expected=None):
     """
     own = module.state_dict() if expected is None else expected
     theirs = {renamed(name, names): name for name in own}
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or (
-                tensor.is_quantized or tensor.is_complex()):
-            raise WeightsError(f"{path}: {name} is not a plain tensor")
-        if not tensor.is_meta and not tensor.isfinite().all():
-            raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite")
+    check_plain(path, state)
     for problem, found in (
             ("missing", [n for n in theirs if n not in state]),
             ("unexpected", [n for n in state if n not in theirs]),
@@ -692,9 +708,15 @@ def fill(module, state, path, names=(), expected=None):
                           f"{tuple(own[theirs[found[0]]].shape)} expected")
             raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: "
                                f"{found[0]}{detail}")
-    module.load_state_dict({theirs[n]: tensor.to(own[theirs[n]].dtype)
-                            for n, tensor in state.items()},
-                           strict=expected is None, assign=True)
+    converted = {}
+    for name, tensor in state.items():
+        kind = own[theirs[name]].dtype
+        if tensor.is_floating_point() != kind.is_floating_point:
+            raise WeightsError(f"{path}: tensor {name} is of type {tensor.dtype}, {kind} expected")
+        converted[theirs[name]] = tensor.to(kind)
+        if not converted[theirs[name]].isfinite().all():
+            raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite in {kind}")
+    module.load_state_dict(converted, strict=expected is None, assign=True)
 
 
 def sha256(path):

@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 
 import backbones
-from adapters import (DenseCrossAdapter, GlobalShortcutTuning, Intertwiner, NormalizingFlow,
+from adapters import (Bridge, CompacterAdapter, DenseCrossAdapter, GlobalShortcutTuning,
+                      HoulsbyAdapter, Intertwiner, KroneckerFactors, LoRA, NormalizingFlow,
                       TextAdapter, global_prior)
 from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze
 from head import Head
@@ -40,7 +41,7 @@ class Config:
     vision: str = "dinov2-b"            # a name in VISION
     text: str = "clip-b"                # a name in TEXT
     train_towers: bool = False          # the towers learn, too, instead of staying frozen
-    train_positions: bool = False       # of frozen towers, the position embeddings learn
+    train_positions: bool = False       # the position embeddings of CLIP's frozen towers learn
     image_size: int = 448               # side of the letterboxed photo, pixels
     length: int = 17                    # tokens per expression, both ends included
     # DCRIS
@@ -59,6 +60,12 @@ class Config:
     global_heads: int = 3
     global_queries: int = 128
     global_patch: int = 16              # pixels
+    # ETRIS
+    bridges: int = 3                    # stages of the Bridger, spread over the towers
+    bridge_width: int = 128
+    bridge_heads: int = 8
+    # Houlsby, Compacter, LoRA
+    tuner_rank: int = 64
     # the head
     features: tuple[int, ...] = (4, 8)  # blocks whose output the head sees, beside the last one's
     head_width: int = 512
@@ -80,6 +87,7 @@ DCRIS_B = Config()
 # The authors' programs train CLIP's positions beside what they count, and so do these.
 BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
                   features=(3, 7))
+ETRIS_B = replace(BARLERIA, method="etris", visual_flows=False)
 PRESETS = {
     "shapes": replace(
         DCRIS_B, vision="small", visual_adapter_layers=(2,), visual_adapter_rank=32,
@@ -98,18 +106,49 @@ PRESETS = {
         lr=2e-4),
     "barleria-local": replace(BARLERIA, global_blocks=0),
     "snf": replace(BARLERIA, text_flows=False, intertwined=False, global_blocks=0),
+    "etris": ETRIS_B,
+    "etris-dino": replace(ETRIS_B, vision="dinov2-b", image_size=448),
+    "snf-etris": replace(ETRIS_B, visual_flows=True),
+    "full": replace(DCRIS_B, method="full"),
+    "fixed": replace(DCRIS_B, method="fixed"),
+    "houlsby": replace(DCRIS_B, method="houlsby"),
+    "compacter": replace(DCRIS_B, method="compacter", tuner_rank=208),
+    "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
+}
+# The tuners on the small towers of a run on drawn data, which `train.py --init` freezes.
+CARRIED = {**DRAWN, "vision": "small", "train_towers": False}
+PRESETS |= {
+    "shapes-full": replace(PRESETS["full"], **CARRIED),
+    "shapes-fixed": replace(PRESETS["fixed"], **CARRIED),
+    "shapes-houlsby": replace(PRESETS["houlsby"], tuner_rank=80, **CARRIED),
+    "shapes-compacter": replace(PRESETS["compacter"], tuner_rank=304, **CARRIED),
+    "shapes-lora": replace(PRESETS["lora"], tuner_rank=12, **CARRIED),
+    "shapes-etris": replace(PRESETS["etris"], bridges=2, bridge_width=56, **CARRIED),
+    "shapes-snf": replace(PRESETS["snf"], **CARRIED),
+    "shapes-snf-etris": replace(PRESETS["snf-etris"], bridges=2, bridge_width=56, **CARRIED),
+    "shapes-barleria-local": replace(PRESETS["barleria-local"], intertwined_rank=16, **CARRIED),
 }
 
-# Rows of the table: preset, overrides, millions of tuned parameters as the paper prints them.
-TABLE = [("shapes", {}, None), ("shapes-barleria", {}, None),
-         ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
-         ("snf", {}, 0.18), ("barleria-local", {}, 0.39), ("barleria", {}, 2.21),
-         ("barleria-eva", {}, None), ("barleria-l", {}, None)] + [
-    ("dcris-b", {"visual_adapter_layers": layers, "text_adapter_layers": layers}, millions)
-    for layers, millions in [       # DCRIS Table 5
+
+def adapters_at(visual, text):
+    return {"visual_adapter_layers": visual, "text_adapter_layers": text}
+
+
+# Rows of the table: preset, overrides, millions of tuned parameters as the papers print them.
+ODD = (1, 3, 5, 7, 9, 11)
+TABLE = [
+    ("full", {}, 149.97), ("fixed", {}, 0.00), ("houlsby", {}, 1.98), ("compacter", {}, 1.62),
+    ("lora", {}, 1.57), ("etris-dino", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
+    ("etris", {}, 1.39), ("snf", {}, 0.18), ("snf-etris", {}, 1.57), ("barleria-local", {}, 0.39),
+    ("barleria", {}, 2.21), ("barleria-eva", {}, None), ("barleria-l", {}, None),
+    *((name, {}, None) for name in PRESETS if name.startswith("shapes")),
+    ("dcris-b", adapters_at(ODD, ()), None), ("dcris-b", adapters_at((), ODD), None),   # Table 3
+    *(("dcris-b", {"visual_adapter_rank": visual, "text_adapter_rank": text}, None)     # Table 4
+      for visual, text in ((64, 64), (128, 64), (128, 128), (256, 128))),
+    *(("dcris-b", adapters_at(layers, layers), millions) for layers, millions in [      # Table 5
         ((8,), 0.45), ((6, 11), 0.90), ((4, 8, 11), 1.35), ((3, 6, 9, 11), 1.80),
-        ((3, 5, 7, 9, 11), 2.25), ((1, 3, 5, 7, 9, 11), 2.69), ((1, 3, 5, 7, 9, 10, 11), 3.14),
-        ((1, 3, 4, 5, 7, 9, 10, 11), 3.59), (tuple(range(12)), 5.39)]]
+        ((3, 5, 7, 9, 11), 2.25), (ODD, 2.69), ((1, 3, 5, 7, 9, 10, 11), 3.14),
+        ((1, 3, 4, 5, 7, 9, 10, 11), 3.59), (tuple(range(12)), 5.39)])]
 
 
 class DCRIS(nn.Module):
@@ -119,16 +158,14 @@ class DCRIS(nn.Module):
     """
 
     own_fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
-                  "text_adapter_rank")      # of Config, for no other method
+                  "text_adapter_rank")      # of Config, which some other methods lack
+    projects = False                        # whether CLIP's projection of the photo is used
 
     @staticmethod
     def check(config, vision, text):
         if config.visual_adapter_rank % 16:
             raise ConfigError(f"visual_adapter_rank {config.visual_adapter_rank}: the branches "
                               f"need a multiple of 16")
-        if config.train_towers and vision.embed:
-            raise ConfigError(f"train_towers: DCRIS would leave CLIP's projection in "
-                              f"{config.vision} without use; take a tower of DINOv2's form")
 
     def __init__(self, config, vision, text):
         super().__init__()
@@ -140,9 +177,7 @@ class DCRIS(nn.Module):
             str(i): DenseCrossAdapter(vision.shape.width, config.visual_adapter_rank,
                                       text.shape.width, config.dropout)
             for i in config.visual_adapter_layers})
-        self.head = Head(3 * [vision.shape.width], text.shape.width, text.shape.embed,
-                         config.head_width, config.head_heads, config.head_layers, config.dropout,
-                         residual=True)
+        self.head = dcris_head(config, vision, text)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
@@ -163,18 +198,29 @@ class DCRIS(nn.Module):
     def image_branch(self, images, words):
         """Images and words to the three maps f_v (B, D, S/P, S/P)."""
         grid = self.vision.grid(images)
-        x, angles = self.vision.embed(images), self.vision.angles(grid)
-        features = []
-        for i, block in enumerate(self.vision.blocks):
-            attached = backbones.NOTHING
-            if str(i) in self.dense_cross_adapters:
-                attached = Attached(beside_mlp=partial(self.dense_cross_adapters[str(i)],
-                                                       words=words, grid=grid))
-            x = block(x, attached, angles)
-            if i in self.config.features:
-                features.append(self.vision.as_map(x, grid))
-        features.append(self.vision.as_map(self.vision.final(x), grid))
-        return features
+        attached = {int(i): Attached(beside_mlp=partial(adapter, words=words, grid=grid))
+                    for i, adapter in self.dense_cross_adapters.items()}
+        return feature_maps(self.vision, images, self.config.features, attached)
+
+
+def dcris_head(config, vision, text):
+    return Head(3 * [vision.shape.width], text.shape.width, text.shape.embed, config.head_width,
+                config.head_heads, config.head_layers, config.dropout, residual=True)
+
+
+def feature_maps(vision, images, wanted, attached={}):
+    """Images to the maps (B, D, S/P, S/P) after the blocks `wanted` and after the final norm.
+
+    `attached`: number of a block -> what a tuning method attaches to it.
+    """
+    grid = vision.grid(images)
+    x, angles = vision.embed(images), vision.angles(grid)
+    maps = []
+    for i, block in enumerate(vision.blocks):
+        x = block(x, attached.get(i, backbones.NOTHING), angles)
+        if i in wanted:
+            maps.append(vision.as_map(x, grid))
+    return [*maps, vision.as_map(vision.final(x), grid)]
 
 
 class BarLeRIa(nn.Module):
@@ -187,10 +233,12 @@ class BarLeRIa(nn.Module):
     own_fields = ("visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
                   "global_blocks", "global_width", "global_heads", "global_queries",
                   "global_patch")
+    projects = True
 
     @staticmethod
     def check(config, vision, text):
-        if vision.embed != text.embed or config.text in PUBLISHED and config.vision != config.text:
+        width = vision.embed or vision.width
+        if width != text.embed or config.text in PUBLISHED and config.vision != config.text:
             raise ConfigError(f"vision {config.vision} and text {config.text} are not the two "
                               f"towers of one CLIP, whose tokens BarLeRIa compares")
         if config.global_blocks < 0:
@@ -220,7 +268,7 @@ class BarLeRIa(nn.Module):
             queries=config.global_queries, rank=config.intertwined_rank,
             patch=config.global_patch, side=config.image_size // config.global_patch,
         ) if config.global_blocks else None
-        self.head = Head([visual_width, visual_width, embed], text_width, embed,
+        self.head = Head([visual_width, visual_width, vision.projected_width], text_width, embed,
                          config.head_width, config.head_heads, config.head_layers, config.dropout,
                          residual=False)
 
@@ -281,7 +329,118 @@ def with_guests(block, x, guests, index, flows, angles=None):
     return torch.cat([x[:, :index], x[:, index + guests.shape[1]:]], dim=1)
 
 
-METHODS = {"dcris": DCRIS, "barleria": BarLeRIa}
+class ETRIS(nn.Module):
+    """ETRIS (Xu et al., 2023): both towers side by side, with bridges between them at some heights.
+
+    Frozen CLIP, or DINOv2 with CLIP's text tower. With normalizing flows on the vision tower's
+    shortcuts it is the "SNF+ETRIS" of BarLeRIa's tables.
+    """
+
+    own_fields = ("bridges", "bridge_width", "bridge_heads", "visual_flows", "flow_steps")
+    projects = True
+
+    @staticmethod
+    def check(config, vision, text):
+        for tower in (vision, text):
+            if tower.depth % config.bridges:
+                raise ConfigError(f"bridges {config.bridges}: towers of {vision.depth} and "
+                                  f"{text.depth} blocks cannot both be cut into so many parts")
+        if config.bridge_width % config.bridge_heads:
+            raise ConfigError(f"bridge_width {config.bridge_width} is no multiple of bridge_heads, "
+                              f"{config.bridge_heads}")
+
+    def __init__(self, config, vision, text):
+        super().__init__()
+        self.config, self.vision, self.text = config, vision, text
+        visual_width, text_width = vision.shape.width, text.shape.width
+        self.visual_flows = flow_pairs(vision, config.visual_flows, config.flow_steps)
+        self.bridges = nn.ModuleList(
+            Bridge(visual_width, text_width, config.bridge_width, config.bridge_heads, first=i == 0)
+            for i in range(config.bridges))
+        self.head = Head([visual_width, visual_width, vision.projected_width], text_width,
+                         text.shape.embed, config.head_width, config.head_heads,
+                         config.head_layers, config.dropout, residual=False)
+
+    def forward(self, images, tokens):
+        """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
+        grid, first = self.vision.grid(images), self.vision.prefix
+        x, words = self.vision.embed(images), self.text.embed(tokens)
+        angles, entered, after_block = self.vision.angles(grid), None, []
+        visual_step, text_step = (len(tower.blocks) // len(self.bridges)
+                                  for tower in (self.vision, self.text))
+        for i, bridge in enumerate(self.bridges):
+            for j in range(visual_step * i, visual_step * (i + 1)):
+                x = self.vision.blocks[j](x, Attached(*self.visual_flows[j]), angles)
+                after_block.append(x)
+            for block in self.text.blocks[text_step * i:text_step * (i + 1)]:
+                words = block(words)
+            patches, words, entered = bridge(x[:, first:], words, entered)
+            after_block[-1] = x = torch.cat([x[:, :first], patches], dim=1)
+        words, sentence = self.text.final(words, tokens)
+        features = [self.vision.as_map(x, grid) for x in (
+            *(after_block[i] for i in self.config.features),
+            self.vision.project(self.vision.final(x)))]
+        return self.head(features, words, sentence, after_end(tokens))
+
+
+class UniModal(nn.Module):
+    """The tuners of DCRIS Table 2 that know one tower at a time. Photo and words meet in the head.
+
+    `full`: both towers learn. `fixed`: neither. `houlsby`, `compacter`: an adapter behind every
+    block's MLP. `lora`: beside the linear layers of every vision block and of the attention of
+    every text block (query, key and value count as three there, so that the paper's 1.57 million
+    come out; it does not say where its own are).
+    """
+
+    own_fields = ("tuner_rank",)
+    projects = False
+
+    @staticmethod
+    def check(config, vision, text):
+        if config.method in ("full", "fixed") and config.tuner_rank != Config.tuner_rank:
+            raise ConfigError(f"tuner_rank plays no part in method {config.method}")
+        if config.method == "compacter" and config.tuner_rank % 4:
+            raise ConfigError(f"tuner_rank {config.tuner_rank}: Compacter needs a multiple of 4")
+
+    def __init__(self, config, vision, text):
+        super().__init__()
+        self.config, self.vision, self.text = config, vision, text
+        rank = config.tuner_rank
+        if config.method == "full":
+            backbones.unfreeze(vision), backbones.unfreeze(text)
+        if config.method == "compacter":
+            self.factors = KroneckerFactors()
+        for tower in (vision, text):
+            width = tower.shape.width
+            for block in tower.blocks:
+                if config.method == "houlsby":
+                    block.mlp = nn.Sequential(block.mlp, HoulsbyAdapter(width, rank))
+                elif config.method == "compacter":
+                    block.mlp = nn.Sequential(block.mlp,
+                                              CompacterAdapter(width, rank, self.factors))
+                elif config.method == "lora":
+                    wrap_linears(block if tower is vision else block.attention, lambda layer: LoRA(
+                        layer, rank, 1 if tower is vision else layer.out_features // width))
+        self.head = dcris_head(config, vision, text)
+
+    def forward(self, images, tokens):
+        """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
+        words, sentence = self.text(tokens)
+        features = feature_maps(self.vision, images, self.config.features)
+        return self.head(features, words, sentence, after_end(tokens))
+
+
+def wrap_linears(module, wrap):
+    """Puts wrap(layer) in the place of every linear layer in a module."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, wrap(child))
+        else:
+            wrap_linears(child, wrap)
+
+
+METHODS = {"dcris": DCRIS, "barleria": BarLeRIa, "etris": ETRIS,
+           **dict.fromkeys(("full", "fixed", "houlsby", "compacter", "lora"), UniModal)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -302,6 +461,11 @@ def configure(name, **overrides):
 
 def check(config):
     """Raises ConfigError, naming the field, for a configuration that no model can have."""
+    for field in fields(Config):
+        value, kind = getattr(config, field.name), type(field.default)
+        if type(value) is not kind or kind is tuple and any(type(i) is not int for i in value):
+            raise ConfigError(f"{field.name} is {value!r}, but must be of the kind of "
+                              f"{field.default!r}")
     for field, table in (("method", METHODS), ("vision", VISION), ("text", TEXT)):
         if getattr(config, field) not in table:
             raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
@@ -310,21 +474,27 @@ def check(config):
     foreign = {field for other in METHODS.values() for field in other.own_fields}
     for field in sorted(foreign.difference(method.own_fields)):
         if getattr(config, field) != getattr(Config, field):
-            raise ConfigError(f"{field} plays no part in method {config.method}")
+            raise ConfigError(f"{field} plays no part in method {config.method}; for another "
+                              f"method take one of its presets")
+    if vision.embed and not method.projects and (config.train_towers or config.method == "full"):
+        raise ConfigError(f"method {config.method} would leave the projection of {config.vision} "
+                          f"without use, so it cannot learn; take a tower of DINOv2's form")
     for field, most in (("image_size", 4096), ("length", 1000), ("visual_adapter_rank", 8192),
                         ("text_adapter_rank", 8192), ("flow_steps", 100),
                         ("intertwined_rank", 8192), ("global_width", 8192),
                         ("global_heads", 8192), ("global_queries", 8192), ("global_patch", 4096),
+                        ("bridges", 100), ("bridge_width", 8192), ("bridge_heads", 8192),
+                        ("tuner_rank", 8192),
                         ("head_width", 8192), ("head_heads", 8192), ("head_layers", 100),
                         ("batch_size", 10**6), ("lr", 1e3), ("epochs", 10**6),
                         ("decay_epoch", 10**6)):
         if not 0 < getattr(config, field) <= most:
             raise ConfigError(f"{field} is {getattr(config, field)}; it must be above 0 and at "
                               f"most {most}")
-    if config.image_size % vision.patch:
-        near = max(1, round(config.image_size / vision.patch)) * vision.patch
-        raise ConfigError(f"image_size {config.image_size} is no multiple of the patch size "
-                          f"{vision.patch} of {config.vision}; {near} is")
+    if config.image_size % vision.patch or config.image_size == vision.patch:
+        near = max(2, round(config.image_size / vision.patch)) * vision.patch
+        raise ConfigError(f"image_size {config.image_size} is no multiple (twice or more) of the "
+                          f"patch size {vision.patch} of {config.vision}; {near} is")
     if not 3 <= config.length <= text.positions:
         raise ConfigError(f"length {config.length}: {config.text} reads 3 to {text.positions} "
                           f"tokens, both ends included")
@@ -355,7 +525,8 @@ def build(name, vision_weights=None, text_weights=None, **overrides):
     return assemble(configure(name, **overrides), vision_weights, text_weights)
 
 
-def assemble(config, vision_weights=None, text_weights=None):
+def assemble(config, vision_weights=None, text_weights=None, init=None):
+    """`build`, of a Config. `init`: (path, checkpoint) of a run whose towers to start from."""
     towers, sources = {}, {}
     for kind, path, tower_class, shapes, read in (
             ("vision", vision_weights, backbones.ViT, VISION, backbones.load_vision),
@@ -369,12 +540,17 @@ def assemble(config, vision_weights=None, text_weights=None):
             if tower.shape != expected:
                 raise WeightsError(f"{path} holds {tower.shape}, but {kind} = "
                                    f"{getattr(config, kind)} means {expected}")
+        if init is not None:
+            backbones.fill(tower, {name.removeprefix(f"{kind}."): tensor
+                                   for name, tensor in init[1]["tensors"].items()
+                                   if name.startswith(f"{kind}.")}, init[0])
         towers[kind] = freeze(tower)
     model = METHODS[config.method](config, **towers)
     for tower in towers.values():
         if config.train_towers:
             backbones.unfreeze(tower)
-        tower.position.requires_grad_(config.train_towers or config.train_positions)
+        if config.train_positions and backbones.from_clip(tower):
+            tower.position.requires_grad_(True)
     model.sources = sources
     return model
 
@@ -474,10 +650,6 @@ def restore_config(path, values):
     """The Config that a checkpoint holds."""
     try:
         config = Config(**values)
-        for field in fields(Config):
-            value, kind = getattr(config, field.name), type(field.default)
-            if type(value) is not kind or kind is tuple and any(type(i) is not int for i in value):
-                raise ConfigError(f"{field.name} is {value!r}")
         check(config)
     except (TypeError, ConfigError) as error:
         raise WeightsError(f"{path}: its configuration cannot be built: {error}") from None
@@ -519,17 +691,29 @@ def restore(path, checkpoint, vision_weights=None, text_weights=None):
 def count(model):
     """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
 
-    Positions are the towers' position embeddings where they learn and the towers do not: BarLeRIa's
-    authors train those of CLIP, and do not count them.
+    Positions are the position embeddings of CLIP's towers where they learn. The authors of ETRIS
+    and BarLeRIa let them, without counting them, and DCRIS's figure for full tuning does not count
+    them, either.
     """
+    apart = {f"{kind}.position" for kind in ("vision", "text")
+             if backbones.from_clip(getattr(model, kind))}
     sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
     for name, parameter in model.named_parameters():
         kind = ("head" if name.startswith("head.") else
                 "frozen" if not parameter.requires_grad else
-                "positions" if name.endswith(".position") and name.startswith(("vision.", "text."))
-                and not model.config.train_towers else "tuned")
+                "positions" if name in apart else "tuned")
         sizes[kind] += parameter.numel()
     return sizes
+
+
+def differences(overrides):
+    """In words, how a row of the table differs from its preset."""
+    layers = overrides.get("visual_adapter_layers", ())
+    if layers and layers == overrides["text_adapter_layers"]:
+        return f", layers {list(layers)}"
+    return "".join(f", {field.replace('_adapter_', ' ')} "
+                   f"{list(value) if isinstance(value, tuple) else value}"
+                   for field, value in overrides.items())
 
 
 def main():
@@ -540,9 +724,7 @@ def main():
     for preset, overrides, paper in TABLE:
         with torch.device("meta"):          # shapes only, no memory
             sizes = count(build(preset, **overrides))
-        label = preset + "".join(f", layers {list(layers)}" for name, layers in overrides.items()
-                                 if name == "visual_adapter_layers")
-        rows.append({"preset": label, **sizes, "paper_millions": paper})
+        rows.append({"preset": preset + differences(overrides), **sizes, "paper_millions": paper})
     if args.json:
         print(json.dumps(rows, indent=1))
         return
