@@ -29,7 +29,7 @@ import numpy as np
 import pycocotools.mask
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -565,21 +565,50 @@ class ExpressionSet(Dataset):
 # Drawn data: scenes of figures, and expressions that single one out
 # ---------------------------------------------------------------------------------------------
 
-COLOURS = {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
-           "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)}
-SIZES = {"small": (0.13, 0.15), "large": (0.20, 0.235)}      # radius by the canvas's longer side
 # Corners, radius (so that all kinds look equally large), and that of every second corner.
 KINDS = {"circle": (32, 1.0, 1.0), "square": (4, 1.15, 1.15), "triangle": (3, 1.35, 1.35),
-         "star": (10, 1.3, 0.65)}
+         "star": (10, 1.3, 0.65), "diamond": (4, 1.5, 0.8)}
+EXTREMES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
+
+
+class Domain(NamedTuple):
+    """What the scenes of one drawn data set are made of, and the words for it."""
+    colours: dict
+    sizes: dict                 # radius by the canvas's longer side
+    kinds: tuple                # of KINDS
+    textures: tuple             # none: all are plain, and nobody says so
+    directions: dict            # relations of two figures, by the direction from one to the other
+    nearest: bool               # "nearest to" is a relation, too
+    ways: tuple                 # how often a figure is meant by its look, its place, a relation
+    ground: tuple               # how light it is, from 0 to 255
+    noise: float                # standard deviation, of 255
+
+
+DOMAINS = {
+    "shapes": Domain(
+        {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
+         "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)},
+        {"small": (0.13, 0.15), "large": (0.20, 0.235)},
+        ("circle", "square", "triangle", "star"), (),
+        {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)},
+        nearest=False, ways=(0.5, 0.3, 0.2), ground=(200, 245), noise=5),
+    "shapes-b": Domain(
+        {"pink": (240, 130, 175), "teal": (20, 140, 140), "brown": (125, 75, 40),
+         "lime": (165, 215, 40), "navy": (25, 35, 110), "coral": (235, 95, 75)},
+        {"little": (0.13, 0.15), "big": (0.20, 0.235)},
+        ("circle", "square", "triangle", "star", "diamond"), ("plain", "striped", "dotted"),
+        {"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1), "under": (0, 1)},
+        nearest=True, ways=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
+}
 SCENES = {"train": 6500, "val": 150, "test": 150}
 CANVASES = ((64, 64), (64, 48), (48, 64), (64, 56), (56, 64))
-WAYS = (0.5, 0.3, 0.2)          # how often a figure is meant by its look, its place, a relation
 
 
 class Figure(NamedTuple):
     kind: str
     colour: str
     size: str
+    texture: str
     x: float
     y: float
     reach: float                # radius of the circle around it, pixels
@@ -593,19 +622,20 @@ def outline(kind, x, y, radius, turn):
     return [(x + r * math.sin(angle), y - r * math.cos(angle)) for angle, r in corners]
 
 
-def invent_figures(rng, width, height):
+def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
     """Two to four figures that do not touch."""
     figures, side, number = [], max(width, height), rng.randint(2, 4)
     for attempt in itertools.count(1):
-        kind, colour = rng.choice(list(KINDS)), rng.choice(list(COLOURS))
-        size = rng.choice(list(SIZES))
-        radius = side * rng.uniform(*SIZES[size])
+        kind, colour = rng.choice(domain.kinds), rng.choice(list(domain.colours))
+        size = rng.choice(list(domain.sizes))
+        texture = rng.choice(domain.textures) if domain.textures else ""
+        radius = side * rng.uniform(*domain.sizes[size])
         reach = radius * KINDS[kind][1] + 1
         x, y = (rng.uniform(reach, extent - reach) for extent in (width, height))
         if all(math.hypot(x - f.x, y - f.y) > reach + f.reach for f in figures):
             turn = rng.uniform(-0.05, 0.05) + (math.pi / 4 if kind == "square" else 0)
             points = outline(kind, x, y, radius, turn)
-            figures.append(Figure(kind, colour, size, x, y, reach, points))
+            figures.append(Figure(kind, colour, size, texture, x, y, reach, points))
         if len(figures) == number:
             return figures
         if attempt % 200 == 0:          # no room is left: begin again
@@ -613,25 +643,22 @@ def invent_figures(rng, width, height):
 
 
 def fits(figure, look):
-    """Whether a look, (size, colour, kind) with "" for any, is true of a figure."""
+    """Whether a look, (size, texture, colour, kind) with "" for any, is true of a figure."""
     return all(wanted in ("", own) for wanted, own in
-               zip(look, (figure.size, figure.colour, figure.kind)))
+               zip(look, (figure.size, figure.texture, figure.colour, figure.kind)))
 
 
 def looks_of(figure):
     """All looks true of a figure."""
-    return itertools.product(("", figure.size), ("", figure.colour), ("", figure.kind))
+    return itertools.product(("", figure.size), dict.fromkeys(("", figure.texture)),
+                             ("", figure.colour), ("", figure.kind))
 
 
 def phrase(look):
-    return " ".join(filter(None, (*look[:2], look[2] or "shape")))
+    return " ".join(filter(None, (*look[:3], look[3] or "shape")))
 
 
-EXTREMES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-
-
-def expressions(figure, figures, margin):
+def expressions(figure, figures, margin, domain=DOMAINS["shapes"]):
     """All expressions that mean this figure and no other: by look, by place, by relation.
 
     Places and relations count from centre to centre; whatever is closer than `margin` (pixels) is
@@ -649,25 +676,46 @@ def expressions(figure, figures, margin):
         for word, (dx, dy) in EXTREMES.items():
             if all((figure.x - f.x) * dx + (figure.y - f.y) * dy > margin for f in rivals):
                 places.append(f"the {word} {phrase(look)}")
-        for (word, (dx, dy)), (anchor, at) in itertools.product(RELATIONS.items(), anchors):
-            ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
-            if at not in rivals and ahead > margin and max(behind) < -margin:
-                relations.append(f"the {phrase(look)} {word} the {phrase(anchor)}")
+        for anchor, at in anchors:
+            if at in rivals:
+                continue
+            for word, (dx, dy) in domain.directions.items():
+                ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
+                if ahead > margin and max(behind) < -margin:
+                    relations.append(f"the {phrase(look)} {word} the {phrase(anchor)}")
+            near, *far = [math.hypot(f.x - at.x, f.y - at.y) for f in (figure, *rivals)]
+            if domain.nearest and near < min(far) - margin:
+                relations.append(f"the {phrase(look)} nearest to the {phrase(anchor)}")
     return looks, places, relations
 
 
-def draw_scene(rng, figures, width, height):
-    """The picture of a scene: figures on a plain, slightly noisy ground, antialiased."""
+def draw_scene(rng, figures, width, height, domain=DOMAINS["shapes"]):
+    """The picture of a scene: figures on a plain, noisy ground, antialiased."""
     fine = 4
-    ground = tuple(rng.randint(200, 245) for _ in range(3))
+    ground = tuple(rng.randint(*domain.ground) for _ in range(3))
     image = Image.new("RGB", (width * fine, height * fine), ground)
     pen = ImageDraw.Draw(image)
     for figure in figures:
-        colour = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[figure.colour])
-        pen.polygon([(x * fine, y * fine) for x, y in figure.points], fill=colour)
+        colour = tuple(min(255, max(0, c + rng.randint(-14, 14)))
+                       for c in domain.colours[figure.colour])
+        points = [(x * fine, y * fine) for x, y in figure.points]
+        pen.polygon(points, fill=colour)
+        if figure.texture in ("striped", "dotted"):
+            inside = Image.new("1", image.size)
+            ImageDraw.Draw(inside).polygon(points, fill=1)
+            lighter = tuple(90 + c * 165 // 255 for c in colour)
+            image.paste(lighter, mask=ImageChops.logical_and(
+                inside, pattern(figure.texture, image.size, 5 * fine)))
     image = image.resize((width, height), Image.Resampling.BOX)
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 5, (height, width, 3))
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, domain.noise, (height, width, 3))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+@functools.lru_cache
+def pattern(texture, size, period):
+    """Where a canvas is lighter: vertical stripes or dots, so many pixels apart (mode 1)."""
+    y, x = np.mgrid[:size[1], :size[0]] % period / period
+    return Image.fromarray(x < 0.4 if texture == "striped" else np.hypot(x - 0.5, y - 0.5) < 0.32)
 
 
 def run_lengths(mask):
@@ -678,29 +726,31 @@ def run_lengths(mask):
     return {"size": list(mask.shape), "counts": counts if counts[-1] else counts[:-1]}
 
 
-def draw_shapes(data, scenes=SCENES, seed=0):
-    """Draws the `shapes` data set into DATA/shapes, in the REFER layout, and returns that folder.
+def draw_shapes(data, scenes=SCENES, seed=0, name="shapes"):
+    """Draws a data set of DOMAINS into DATA/NAME, in the REFER layout, and returns that folder.
 
     {split: number of scenes}. Two figures of each scene are meant, in up to three expressions
-    each; one in four masks is stored as RLE. The vocabulary learned from the training expressions
-    is `merges.txt`. The folder appears only once it is whole.
+    each; one in four masks is stored as RLE. The vocabulary, `merges.txt`, is learned from the
+    training expressions and, as rare ones, the words of all domains, so that a text tower that was
+    trained on one can be carried to another. The folder appears only once it is whole.
     """
-    folder, draft = Path(data) / "shapes", Path(data) / f"shapes.{os.getpid()}.tmp"
+    domain = DOMAINS[name]
+    folder, draft = Path(data) / name, Path(data) / f"{name}.{os.getpid()}.tmp"
     (draft / "images").mkdir(parents=True)
     try:
         images, annotations, refs = [], [], []
         todo = [split for split, number in scenes.items() for _ in range(number)]
-        for image_id, split in enumerate(tqdm(todo, desc="drawing shapes", unit="scene"), 1):
+        for image_id, split in enumerate(tqdm(todo, desc=f"drawing {name}", unit="scene"), 1):
             rng = random.Random(f"{seed} {split} {image_id}")
-            draw_one(rng, image_id, split, draft, images, annotations, refs)
+            draw_one(rng, domain, image_id, f"{name}_{split}", draft, images, annotations, refs)
         categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
         with open(draft / "instances.json", "w", encoding="utf-8") as file:
             json.dump({"images": images, "annotations": annotations, "categories": categories},
                       file)
-        with open(draft / "refs(shapes).p", "wb") as file:
+        with open(draft / f"refs({name}).p", "wb") as file:
             pickle.dump(refs, file, protocol=2)
         captions = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
-        merges = "\n".join(" ".join(pair) for pair in learn_merges(captions))
+        merges = "\n".join(" ".join(pair) for pair in learn_merges(captions + all_words()))
         (draft / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
         os.rename(draft, folder)
     except OSError as error:
@@ -710,12 +760,20 @@ def draw_shapes(data, scenes=SCENES, seed=0):
     return folder
 
 
-def draw_one(rng, image_id, split, folder, images, annotations, refs):
+def all_words():
+    """The words of all domains."""
+    return sorted({word for domain in DOMAINS.values()
+                   for part in (domain.colours, domain.sizes, domain.kinds, domain.textures,
+                                domain.directions, ["nearest to"])
+                   for words in part for word in words.split()})
+
+
+def draw_one(rng, domain, image_id, prefix, folder, images, annotations, refs):
     """Draws one scene and adds what belongs to it to the three lists."""
     width, height = rng.choice(CANVASES)
-    figures = invent_figures(rng, width, height)
-    name = f"shapes_{split}_{image_id:06d}.jpg"
-    draw_scene(rng, figures, width, height).save(folder / "images" / name, quality=92)
+    figures = invent_figures(rng, width, height, domain)
+    name = f"{prefix}_{image_id:06d}.jpg"
+    draw_scene(rng, figures, width, height, domain).save(folder / "images" / name, quality=92)
     images.append({"id": image_id, "file_name": name, "width": width, "height": height})
     meant = []
     for figure in figures:
@@ -725,15 +783,15 @@ def draw_one(rng, image_id, split, folder, images, annotations, refs):
             "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0,
             "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
             "segmentation": run_lengths(mask[..., 0]) if rng.random() < 0.25 else [polygon]})
-        ways = expressions(figure, figures, margin=0.06 * max(width, height))
+        ways = expressions(figure, figures, 0.06 * max(width, height), domain)
         if any(ways):
-            weights = [weight if way else 0 for weight, way in zip(WAYS, ways)]
+            weights = [weight if way else 0 for weight, way in zip(domain.ways, ways)]
             sentences = {rng.choice(way) for way in rng.choices(ways, weights, k=3)}
             meant.append((annotations[-1], sorted(sentences)))
     for annotation, sentences in rng.sample(meant, min(2, len(meant))):
         refs.append({
             "ref_id": len(refs) + 1, "ann_id": annotation["id"], "image_id": image_id,
-            "category_id": annotation["category_id"], "split": split,
+            "category_id": annotation["category_id"], "split": prefix.split("_")[1],
             "file_name": f"{name[:-4]}_{annotation['id']}.jpg",
             "sentences": [{"sent": s, "raw": s, "tokens": s.split(), "sent_id": 10 * len(refs) + i}
                           for i, s in enumerate(sentences)]})
@@ -792,15 +850,16 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the shapes data set, or check a data folder")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in (("shapes", "draw the shapes data set into DIR/shapes"),
+                          ("shapes-b", "draw its second domain into DIR/shapes-b"),
                           ("check", "compare the data sets in DIR with their published sizes")):
         commands.add_parser(name, help=purpose).add_argument("dir", metavar="DIR")
     args = parser.parse_args()
     if args.command == "check":
         check(args.dir)
-    elif (Path(args.dir) / "shapes").exists():
-        raise DataError(f"{Path(args.dir) / 'shapes'} exists already; remove it to draw again")
+    elif (Path(args.dir) / args.command).exists():
+        raise DataError(f"{Path(args.dir) / args.command} exists already; remove it to draw again")
     else:
-        print(draw_shapes(args.dir))
+        print(draw_shapes(args.dir, name=args.command))
 
 
 if __name__ == "__main__":

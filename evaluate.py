@@ -272,13 +272,19 @@ def run(main):
 # ---------------------------------------------------------------------------------------------
 
 def load_checkpoint(path, args, device):
-    """The model of a checkpoint, its tokenizer, and the name of the data it was trained on."""
+    """The model of a checkpoint, its tokenizer, and facts for the table.
+
+    The facts: preset, tuned (how many parameters), dataset it was trained on, seconds of training.
+    """
     checkpoint = model.read_checkpoint(path)
     net = model.restore(path, checkpoint, args.vision_weights, args.text_weights).to(device)
     vocabulary = model.find_published("vocabulary", args.vocabulary) if (
         args.vocabulary or "text" not in checkpoint["vocabulary"]) else (
         str(checkpoint["vocabulary"]["text"]).encode())
-    return net, make_tokenizer(vocabulary, net.config), checkpoint["run"].get("dataset")
+    facts = {"preset": checkpoint["run"].get("preset", net.config.method),
+             "tuned": model.count(net)["tuned"], "dataset": checkpoint["run"].get("dataset"),
+             "seconds": checkpoint.get("seconds")}
+    return net, make_tokenizer(vocabulary, net.config), facts
 
 
 def make_tokenizer(vocabulary, config):
@@ -310,15 +316,16 @@ def mask_path(output):
 
 
 def evaluate_all(args, rank, world, device, dtype):
-    results = {}
+    results, about = {}, {}
     for path in args.ckpt:
-        net, tokenizer, trained_on = load_checkpoint(path, args, device)
-        name = args.dataset or trained_on
+        net, tokenizer, facts = load_checkpoint(path, args, device)
+        name = args.dataset or facts["dataset"]
         if name is None:
             raise data.DataError(f"{path} does not say what it was trained on; add --dataset NAME")
         if name == "mixed":
             raise data.DataError("mixed is for training; evaluate on one of its parts: --dataset "
                                  + ", ".join(data.MIXED))
+        about[str(path)] = facts
         splits = dict.fromkeys(
             args.split or data.held_out_splits(args.data, name, args.skip_broken))
         for place, split in enumerate(splits):
@@ -335,18 +342,21 @@ def evaluate_all(args, rank, world, device, dtype):
             if args.panel and place == 0 and rank == 0:
                 save_picture(panel(net, dataset, device, dtype), args.panel)
     if rank == 0:
-        report(results, args.json)
+        report(results, about, args.json)
 
 
-def report(results, json_path):
+def report(results, about, json_path):
     """Prints the Markdown table, and writes {checkpoint: {split: metrics}}."""
-    print(table_row("checkpoint", "split", "expressions", "mIoU", "oIoU",
-                    *(f"P@{p}" for p in PRECISIONS)))
-    print("|---|---|" + "---:|" * (3 + len(PRECISIONS)))
+    print(table_row("checkpoint", "preset", "tuned", "split", "expressions", "mIoU", "oIoU",
+                    *(f"P@{p}" for p in PRECISIONS), "training"))
+    print("|---|---|---:|---|" + "---:|" * (4 + len(PRECISIONS)))
     for path, splits in results.items():
+        facts = about[path]
         for split, found in splits.items():
-            print(table_row(path, split, found["expressions"], found["miou"], found["oiou"],
-                            *(found[f"p{round(100 * p)}"] for p in PRECISIONS)))
+            print(table_row(path, facts["preset"], f"{facts['tuned']:,}", split,
+                            found["expressions"], found["miou"], found["oiou"],
+                            *(found[f"p{round(100 * p)}"] for p in PRECISIONS),
+                            "" if facts["seconds"] is None else f"{facts['seconds']:.0f} s"))
     if json_path:
         with model.replacing(json_path) as file:
             file.write(json.dumps(results, indent=1).encode())

@@ -22,7 +22,7 @@ import backbones
 from adapters import (Bridge, CompacterAdapter, DenseCrossAdapter, GlobalShortcutTuning,
                       HoulsbyAdapter, Intertwiner, KroneckerFactors, LoRA, NormalizingFlow,
                       TextAdapter, global_prior)
-from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze
+from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
 from head import Head
 from loss import text_to_pixel_loss     # noqa: F401, the loss that every model here is trained with
 
@@ -123,6 +123,7 @@ PRESETS |= {
     "shapes-houlsby": replace(PRESETS["houlsby"], tuner_rank=80, **CARRIED),
     "shapes-compacter": replace(PRESETS["compacter"], tuner_rank=304, **CARRIED),
     "shapes-lora": replace(PRESETS["lora"], tuner_rank=12, **CARRIED),
+    "shapes-dcris": replace(PRESETS["shapes"], **CARRIED),
     "shapes-etris": replace(PRESETS["etris"], bridges=2, bridge_width=56, **CARRIED),
     "shapes-snf": replace(PRESETS["snf"], **CARRIED),
     "shapes-snf-etris": replace(PRESETS["snf-etris"], bridges=2, bridge_width=56, **CARRIED),
@@ -536,7 +537,7 @@ def assemble(config, vision_weights=None, text_weights=None, init=None):
             tower, sources[kind] = tower_class(expected), None
         else:
             tower = read(path)
-            sources[kind] = {"file": Path(path).name, "sha256": backbones.sha256(path)}
+            sources[kind] = {"file": Path(path).name, "sha256": sha256(path)}
             if tower.shape != expected:
                 raise WeightsError(f"{path} holds {tower.shape}, but {kind} = "
                                    f"{getattr(config, kind)} means {expected}")

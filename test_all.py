@@ -496,6 +496,127 @@ class BarleriaEquations(unittest.TestCase):
                 self.assertGreater(float(parameter.grad.abs().max()), 0, name)
 
 
+class Tuners(unittest.TestCase):
+    """The methods that the papers compare with."""
+
+    same = Equations.same
+
+    def setUp(self):
+        torch.manual_seed(0)
+
+    def test_bridge(self):
+        first, second = (shake(adapters.Bridge(10, 12, width=16, heads=8, first=i == 0))
+                         for i in range(2))
+        patches, words = torch.randn(2, 6, 10).double(), torch.randn(2, 5, 12).double()
+        p, w, before = patches, words, None
+        for bridge in (first, second):
+            v = plain_conv_bn_relu(p.transpose(1, 2)[..., None], self.as_2d(bridge.patches_down))
+            v, t = v[..., 0].transpose(1, 2), plain_linear(w, bridge.words_down)
+            if before is not None:
+                v = plain_norm(v + before[0], bridge.patches_norm)
+                t = plain_norm(t + before[1], bridge.words_norm)
+            before = v, t
+            read_v = v * plain_attention(v, t, t, bridge.patches_read.attention)
+            read_t = t * plain_attention(t, v, v, bridge.words_read.attention)
+            up = plain_conv_bn_relu(read_v.transpose(1, 2)[..., None],
+                                    self.as_2d(bridge.patches_up))
+            p = p + up[..., 0].transpose(1, 2)
+            w = w + plain_linear(read_t, bridge.words_up)
+        found = second(*first(patches, words))
+        self.same(found[0], p)
+        self.same(found[1], w)
+
+    def as_2d(self, layers):
+        """A Conv1d of one tap as the Conv2d that it is on a map of one column."""
+        conv = nn.Conv2d(layers[0].in_channels, layers[0].out_channels, 1, bias=False).double()
+        conv.weight = nn.Parameter(layers[0].weight[..., None])
+        return [conv, layers[1]]
+
+    def test_etris_bridges_after_every_part_of_the_towers(self):
+        net = model.build("shapes-etris").eval()
+        images, tokens = Methods.batch(self, net)
+        calls = []
+        handles = [module.register_forward_hook(lambda *_, name=name: calls.append(name))
+                   for name, module in net.named_modules()
+                   if name.split(".")[-1].isdigit() and name.count(".") in (1, 2)
+                   and ("blocks" in name or name.startswith("bridges."))
+                   and ".mlp" not in name]
+        net(images, tokens)
+        self.assertEqual(calls, ["vision.blocks.0", "vision.blocks.1", "text.blocks.0", "bridges.0",
+                                 "vision.blocks.2", "vision.blocks.3", "text.blocks.1",
+                                 "bridges.1"])
+        for handle in handles:
+            handle.remove()
+
+    def test_compacter_weight_is_a_sum_of_kronecker_products(self):
+        factors = adapters.KroneckerFactors()
+        layer = shake(adapters.KroneckerLinear(12, 8, shake(factors, 1)))
+        weight = sum(torch.kron(factors.a[i], layer.b[i]) for i in range(4))
+        self.assertEqual(weight.shape, (8, 12))
+        self.same(layer.weight(), weight)
+        x = torch.randn(2, 3, 12).double()
+        self.same(layer(x), x @ weight.T + layer.bias)
+        net = model.build("shapes-compacter")
+        owners = [name for name, _ in net.named_parameters(remove_duplicate=False)
+                  if name.endswith("factors.a")]
+        self.assertEqual(owners, ["factors.a"])
+
+    def test_adapters_by_hand(self):
+        adapter = shake(adapters.HoulsbyAdapter(12, 8))
+        x = torch.randn(2, 3, 12).double()
+        self.same(adapter(x), x + plain_linear(plain_linear(x, adapter.down).clamp(min=0),
+                                               adapter.up))
+        lora = shake(adapters.LoRA(nn.Linear(12, 18), rank=2, parts=3))
+        beside = [x @ lora.down[i].T @ lora.up[i].T for i in range(3)]
+        self.same(lora(x), plain_linear(x, lora.frozen) + torch.cat(beside, -1))
+
+    def test_lora_merges_into_its_layer(self):
+        for parts in (1, 3):
+            lora = adapters.LoRA(nn.Linear(24, 48), rank=4, parts=parts)
+            nn.init.normal_(lora.up)
+            x = torch.randn(2, 5, 24)
+            merged = lora.merged()
+            self.assertEqual(type(merged), nn.Linear)
+            self.assertGreater(float((lora(x) - lora.frozen(x)).detach().abs().max()), 0.1)
+            self.assertLess(float((merged(x) - lora(x)).detach().abs().max()), 1e-5)
+            self.assertLess(float((merged.double()(x.double()) - lora.double()(x.double()))
+                                  .detach().abs().max()), 1e-6)
+
+    def test_at_their_start_tuners_are_the_frozen_model(self):
+        for name in ("houlsby", "compacter", "lora"):
+            torch.manual_seed(0)
+            plain = model.build("shapes-fixed").eval()
+            torch.manual_seed(0)
+            tuned = model.build(f"shapes-{name}").eval()
+            tuned.head.load_state_dict(plain.head.state_dict())
+            images, tokens = Methods.batch(self, plain)
+            self.assertTrue(torch.equal(tuned(images, tokens), plain(images, tokens)), name)
+
+    def test_what_learns(self):
+        for name, prefixes in (
+                ("full", ("vision.", "text.")), ("fixed", ()),
+                ("houlsby", ("vision.blocks.0.mlp.1.", "text.blocks.1.mlp.1.")),
+                ("compacter", ("vision.blocks.3.mlp.1.", "factors.a")),
+                ("lora", ("vision.blocks.0.mlp.down.up", "text.blocks.0.attention.qkv.down")),
+                ("etris", ("bridges.0.", "bridges.1.")), ("snf", ("visual_flows.3.1.",)),
+                ("snf-etris", ("visual_flows.0.0.", "bridges.1.")),
+                ("barleria-local", ("text_flows.1.0.", "intertwiner."))):
+            net = model.build(f"shapes-{name}").train()
+            images, tokens = Methods.batch(self, net)
+            for parameter in net.parameters():          # nothing zero that hides a gradient
+                if parameter.requires_grad and not parameter.any():
+                    nn.init.normal_(parameter, std=0.02)
+            net(images, tokens).square().sum().backward()
+            learn = {n for n, p in net.named_parameters() if p.requires_grad}
+            self.assertEqual(learn, {n for n, p in net.named_parameters()
+                                     if p.grad is not None and p.grad.any()}, name)
+            for prefix in prefixes:
+                self.assertTrue(any(n.startswith(prefix) for n in learn), (name, prefix))
+            if name not in ("full", "etris", "snf-etris"):
+                self.assertFalse(any(n.startswith(("vision.patch", "text.embedding"))
+                                     for n in learn), name)
+
+
 class Counts(unittest.TestCase):
     """Parameters, exactly, and the papers' printed millions."""
 
@@ -512,6 +633,14 @@ class Counts(unittest.TestCase):
                 self.assertEqual(sizes["tuned"], tuned)
                 self.assertEqual(sizes["positions"], (1 + 14 ** 2) * 768 + 77 * 512)
             self.assertEqual(parameters(model.build("barleria").global_branch), 1_815_440)
+            for name, tuned in (("houlsby", 1_982_976), ("lora", 1_572_864), ("etris", 1_387_648),
+                                ("etris-dino", 1_387_648), ("snf-etris", 1_387_648 + 184_416),
+                                ("fixed", 0), ("full", 149_972_225 - 769)):
+                self.assertEqual(model.count(model.build(name))["tuned"], tuned, name)
+            released = model.count(model.build("etris", bridge_width=64))["tuned"]
+            self.assertEqual(released, 598_592)
+            compacter = model.count(model.build("compacter"))["tuned"]
+            self.assertAlmostEqual(compacter / 1.62e6, 1, delta=0.01)
             self.assertEqual(parameters(backbones.ViT(backbones.VISION["clip-b"])), 86_192_640)
             self.assertEqual(parameters(backbones.ViT(backbones.VISION["eva-b"])), 86_263_040)
 
@@ -528,6 +657,11 @@ class Counts(unittest.TestCase):
         self.assertIn("| dcris-b | 150.01 | 2.69 | 2.69 |", table)
         for name, figure in (("snf", "0.18"), ("barleria-local", "0.39"), ("barleria", "2.21")):
             self.assertIn(f"| {name} | 149.43 | {figure} | {figure} | 0.19 |", table)
+        rows = json.loads(out)
+        self.assertGreater(sum(row["paper_millions"] is not None for row in rows), 18)
+        for row in rows:
+            if row["paper_millions"] is not None:
+                self.assertEqual(f"{row['tuned'] / 1e6:.2f}", f"{row['paper_millions']:.2f}", row)
 
 
 def dinov2_state(width=128, depth=2, patch=14, grid=5):
@@ -1449,34 +1583,52 @@ class Drawn(unittest.TestCase):
         """Reads the expressions back, word by word, and looks for what they can mean."""
         def look(words, figures):
             for word in words:
-                figures = [f for f in figures if word in (f.kind, f.colour, f.size, "shape")]
+                figures = [f for f in figures
+                           if word in (f.kind, f.colour, f.size, f.texture, "shape")]
                 if word == "shape":
                     break
             return figures
 
-        def meaning(text, figures):
-            for relation, (dx, dy) in data.RELATIONS.items():
+        def meaning(text, figures, domain):
+            for relation, (dx, dy) in {**domain.directions, "nearest to": (0, 0)}.items():
                 if f" {relation} the " in text:
                     left, right = text.split(f" {relation} the ")
                     anchor, = look(right.split(), figures)
-                    return [f for f in look(left.split()[1:], figures) if f is not anchor
-                            and (f.x - anchor.x) * dx + (f.y - anchor.y) * dy > 0]
+                    meant = [f for f in look(left.split()[1:], figures) if f is not anchor]
+                    if relation == "nearest to":
+                        return [min(meant, key=lambda f: math.hypot(f.x - anchor.x,
+                                                                    f.y - anchor.y))]
+                    return [f for f in meant
+                            if (f.x - anchor.x) * dx + (f.y - anchor.y) * dy > 0]
             words = text.split()[1:]
             if words[0] in data.EXTREMES:
                 dx, dy = data.EXTREMES[words[0]]
                 return [max(look(words[1:], figures), key=lambda f: f.x * dx + f.y * dy)]
             return look(words, figures)
 
-        read = [0, 0, 0]
-        for seed in range(150):
-            figures = data.invent_figures(random.Random(seed), 64, 48)
-            for figure in figures:
-                for way, texts in enumerate(data.expressions(figure, figures, margin=4)):
-                    read[way] += len(texts)
-                    for text in texts:
-                        if meaning(text, figures) != [figure]:
-                            self.fail(f"{text!r} in {figures}")
-        self.assertGreater(min(read), 500)
+        for name, domain in data.DOMAINS.items():
+            read = [0, 0, 0]
+            for seed in range(150):
+                figures = data.invent_figures(random.Random(seed), 64, 48, domain)
+                for figure in figures:
+                    ways = data.expressions(figure, figures, 4, domain)
+                    for way, texts in enumerate(ways):
+                        read[way] += len(texts)
+                        for text in texts:
+                            if meaning(text, figures, domain) != [figure]:
+                                self.fail(f"{text!r} in {figures}")
+            self.assertGreater(min(read), 500, name)
+
+    def test_one_vocabulary_serves_both_domains(self):
+        place = folder(self)
+        files = [data.draw_shapes(place, {"train": 30, "val": 4}, name=name) / "merges.txt"
+                 for name in data.DOMAINS]
+        text = "the little striped coral diamond to the right of the big dotted lime circle"
+        for file in files:
+            tokens = data.Tokenizer(file)([text], 17)[0]
+            self.assertEqual(int((tokens != 0).sum()), len(text.split()) + 2)   # a word, a token
+        refs, _ = data.read_split(place, "shapes-b", "train")
+        self.assertTrue(all(data.decode_mask(ref).sum() > 20 for ref in refs))
 
     def test_the_same_seed_draws_the_same(self):
         a, b, c = (data.draw_shapes(folder(self), {"train": 6, "val": 2}, seed)
@@ -1656,6 +1808,51 @@ class Runs(unittest.TestCase):
              f"--nproc_per_node={processes}", *arguments], check=True, capture_output=True,
             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
         return done.stdout
+
+    def test_towers_are_carried_to_another_domain(self):
+        place, best = folder(self), self.root / "first" / "best.pt"
+        data.draw_shapes(place, TINY, name="shapes-b")
+        before = model.read_checkpoint(best)
+        common = ["--dataset", "shapes-b", "--data", place, "--init", best, *SMALL_RUN,
+                  "--epochs", 1]
+        paths = []
+        for preset in ("shapes-full", "shapes-compacter", "shapes-lora", "shapes-barleria",
+                       "shapes"):
+            out = place / preset
+            status, _, err = program(train, "--preset", preset, *common, "--out", out)
+            self.assertEqual(status, 0, err)
+            paths.append(out / "best.pt")
+            after = model.read_checkpoint(paths[-1])
+            self.assertEqual(after["config"]["vision"], "small")
+            for name, tensor in before["tensors"].items():
+                if name.startswith(("vision.", "text.")) and not name.endswith("logit_scale"):
+                    name = name.replace(".mlp.", ".mlp.0.") if preset == "shapes-compacter" else (
+                        f"{name.rpartition('.')[0]}.frozen.{name.rpartition('.')[2]}"
+                        if preset == "shapes-lora" and (
+                            "vision.blocks" in name or "attention" in name)
+                        and not any(part in name for part in ("norm", "scale")) else name)
+                    same = torch.equal(after["tensors"][name], tensor)
+                    self.assertEqual(same, preset != "shapes-full" or name.endswith("mask_token"),
+                                     (preset, name))
+        status, out, err = program(evaluate, "--ckpt", *paths, "--data", place, "--split", "val")
+        self.assertEqual(status, 0, err)
+        rows = [line for line in out.splitlines() if line.startswith(f"| {place}")]
+        self.assertEqual([row.split("|")[2].strip() for row in rows],
+                         ["shapes-full", "shapes-compacter", "shapes-lora", "shapes-barleria",
+                          "shapes"])
+        self.assertRegex(rows[2], r"\| shapes-lora \| 92,160 \| val \| \d+ \|.* \d+ s \|$")
+        # Going on with such a run takes the same command.
+        status, _, err = program(train, "--preset", "shapes-lora", *common, "--out",
+                                 place / "shapes-lora", "--resume", "--epochs", 1)
+        self.assertEqual(status, 0, err)
+        for arguments, message in (
+                (["--preset", "shapes-lora", "--data", place, "--dataset", "shapes-b", "--out",
+                  place / "x"], "come from nowhere: --init"),
+                (["--preset", "houlsby", *common, "--out", place / "x"], "the tower has 4 blocks"),
+                (["--preset", "shapes-lora", *common[:4], "--init", place / "no.pt"], "no such")):
+            status, _, err = program(train, *arguments)
+            self.assertEqual((status, len(err.strip().splitlines())), (2, 1), err)
+            self.assertRegex(err, message)
 
     def test_mixed_training_of_barleria(self):
         """The three data sets of `mixed` as copies of the drawn one; evaluated on a part."""

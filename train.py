@@ -3,6 +3,7 @@
     torchrun train.py                                   drawn data, a small model, a laptop
     torchrun --nproc_per_node=2 train.py --preset dcris-b --data DATA --dataset refcoco
     torchrun --nproc_per_node=4 train.py --preset dcris-l --data DATA --dataset mixed
+    torchrun train.py --preset shapes-lora --dataset shapes-b --init runs/shapes/best.pt
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --preset dcris-l --data DATA --dataset refcoco+
 
@@ -202,14 +203,17 @@ def run_folder(args):
 
 
 def draw_if_missing(args):
-    if args.dataset == "shapes" and not (Path(args.data) / "shapes").exists():
-        data.draw_shapes(args.data)
+    if args.dataset in data.DOMAINS and not (Path(args.data) / args.dataset).exists():
+        data.draw_shapes(args.data, name=args.dataset)
 
 
-def find_vocabulary(args, config):
-    """The tokenizer's file: CLIP's for a published text tower, else the data set's own."""
+def find_vocabulary(args, config, init):
+    """The tokenizer's file, or what was in it: CLIP's for a published text tower, that of the run
+    its towers come from, or else the data set's own."""
     if args.vocabulary:
         return args.vocabulary
+    if init is not None:
+        return str(init[1]["vocabulary"]["text"]).encode()
     if config.text in model.PUBLISHED:
         return model.find_published("vocabulary")
     path = Path(args.data) / args.dataset / "merges.txt"
@@ -219,13 +223,14 @@ def find_vocabulary(args, config):
     return path
 
 
-def describe_run(args, dtype):
+def describe_run(args, init, dtype):
     """What a checkpoint says of its run beside the configuration; resuming asks for the same."""
     return {"dataset": args.dataset, "seed": args.seed, "keep_leaks": args.keep_leaks,
-            "skip_broken": args.skip_broken, "precision": str(dtype or torch.float32)}
+            "skip_broken": args.skip_broken, "precision": str(dtype or torch.float32),
+            "preset": args.preset, "init": init and model.sha256(init[0])}
 
 
-def load_data(args, config, rank):
+def load_data(args, config, init, rank):
     """The tokenizer, the training samples, and the expressions of val."""
     refs, broken = data.read_split(args.data, args.dataset, "train", args.skip_broken,
                                    args.keep_leaks)
@@ -235,19 +240,34 @@ def load_data(args, config, rank):
     if broken and rank == 0:
         print(f"{broken} broken entries left out of train, val and all other splits",
               file=sys.stderr)
-    tokenizer = evaluate.make_tokenizer(find_vocabulary(args, config), config)
+    tokenizer = evaluate.make_tokenizer(find_vocabulary(args, config, init), config)
     size = config.image_size, config.length
     return (tokenizer, data.TrainSet(refs, tokenizer, *size, args.seed, args.skip_broken),
             data.ExpressionSet(val_refs, tokenizer, *size, args.skip_broken))
 
 
-def load_model(args, config, run, out):
+def load_init(path):
+    """(path, checkpoint) of a run that trained its own towers, so that it holds them."""
+    checkpoint = model.read_checkpoint(path)
+    if any(checkpoint["towers"].values()) or "text" not in checkpoint["vocabulary"]:
+        raise model.ConfigError(f"{path}: its towers are in files of their own; --init is for "
+                                f"towers that were trained on drawn data")
+    return path, checkpoint
+
+
+def load_model(args, config, init, run, out):
     """A fresh model and None, or the one to resume and its checkpoint."""
     torch.manual_seed(args.seed)
     if not args.resume:
-        weights = (None, None) if args.random_towers else model.find_weights(
+        weights = (None, None) if init or args.random_towers else model.find_weights(
             config, args.vision_weights, args.text_weights)
-        return model.assemble(config, *weights), None
+        net = model.assemble(config, *weights, init)
+        from_nothing = not (init or args.random_towers or net.sources["vision"])
+        if from_nothing and not net.vision.patch.weight.requires_grad:
+            raise model.ConfigError(f"preset {args.preset} keeps its towers as they are, but they "
+                                    f"come from nowhere: --init CKPT takes them from a trained run "
+                                    f"such as runs/shapes/best.pt")
+        return net, None
     path = out / "last.pt"
     checkpoint = model.read_checkpoint(path)
     if not {"epoch", "best", "optimizer", "scaler"} <= checkpoint.keys():
@@ -261,15 +281,15 @@ def load_model(args, config, run, out):
     return model.restore(path, checkpoint, args.vision_weights, args.text_weights), checkpoint
 
 
-def train(args, config, rank, world, device):
+def train(args, config, init, rank, world, device):
     """The whole run of one process."""
     pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
     dtype = evaluate.precision_type(args.precision, device)
-    run = describe_run(args, dtype)
+    run = describe_run(args, init, dtype)
     out = from_first(lambda: run_folder(args), rank, world)
     from_first(lambda: draw_if_missing(args), rank, world)
-    tokenizer, train_set, val_set = load_data(args, config, rank)
-    net, checkpoint = load_model(args, config, run, out)
+    tokenizer, train_set, val_set = load_data(args, config, init, rank)
+    net, checkpoint = load_model(args, config, init, run, out)
     net.to(device)
     batches = GlobalBatches(len(train_set), config.batch_size, micro, rank, world, args.seed)
     loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
@@ -314,6 +334,7 @@ def train(args, config, rank, world, device):
                  "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
                  "images_per_s": len(batches) * micro * world / trained,
                  "peak_memory_gb": peak_memory_gb(device), "seconds": time.time() - begun})
+        kept["seconds"] = sum(row["seconds"] for row in log.rows)
         if found["miou"] > best:
             best = found["miou"]
             model.save(out / "best.pt", net, epoch=epoch, miou=best, **kept)
@@ -389,6 +410,8 @@ def parse_arguments():
     parser.add_argument("--keep-leaks", action="store_true",
                         help="mixed: train also on photos of the val and test splits, as the "
                              "authors of DCRIS did")
+    parser.add_argument("--init", metavar="CKPT",
+                        help="take the towers from this run on drawn data, and keep them frozen")
     parser.add_argument("--random-towers", action="store_true",
                         help="towers without their weights, e.g. to try out a machine")
     evaluate.add_shared_arguments(parser)
@@ -411,27 +434,37 @@ def parse_arguments():
         parser.error("--seed is from 0 to 2147483647")
     drawn = model.PRESETS[args.preset].text not in model.PUBLISHED
     args.dataset = args.dataset or ("shapes" if drawn else None)
+    if args.init and (args.random_towers or args.vision_weights or args.text_weights):
+        parser.error("--init brings the towers; leave --random-towers and their files away")
     if args.dataset is None:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
     return args
 
 
-def configuration(args):
-    """The preset's configuration with the fields that were given; the length goes by the data."""
+def configuration(args, init):
+    """The preset's configuration with the fields that were given.
+
+    The length goes by the data. The towers of --init bring their names, and are frozen.
+    """
     overrides = {field.name: getattr(args, field.name) for field in fields(model.Config)
                  if getattr(args, field.name) is not None}
     overrides = {name: tuple(value) if isinstance(value, list) else value
                  for name, value in overrides.items()}
-    if args.length is None and args.dataset in data.LENGTHS:
-        overrides["length"] = data.LENGTHS[args.dataset]
+    if args.dataset in data.LENGTHS:
+        overrides.setdefault("length", data.LENGTHS[args.dataset])
+    if init is not None:
+        towers = model.restore_config(init[0], init[1]["config"])
+        overrides = {"vision": towers.vision, "text": towers.text, "train_towers": False,
+                     **overrides}
     return model.configure(args.preset, **overrides)
 
 
 def main():
     args = parse_arguments()
-    config = configuration(args)
+    init = load_init(args.init) if args.init else None
+    config = configuration(args, init)
     with evaluate.processes() as (rank, world, device):
-        train(args, config, rank, world, device)
+        train(args, config, init, rank, world, device)
 
 
 if __name__ == "__main__":
