@@ -7,6 +7,9 @@ scales (convolutions on the grid of patches) and language (attention to the word
 BarLeRIa (Wang et al., 2024) adapts CLIP's two towers with normalizing flows on their shortcuts,
 lets each tower's tokens visit the other (`Intertwiner`), and runs a narrow network beside them that
 holds on to what the sentence as a whole is about (`global_prior`, `GlobalShortcutTuning`).
+
+Below them stands what both papers compare with: ETRIS's bridges between the towers, and adapters,
+Kronecker-factored adapters and low-rank products inside one tower at a time.
 """
 
 import torch
@@ -321,9 +324,10 @@ class Bridge(nn.Module):
         self.words_up = nn.Linear(width, text_width)
 
     def forward(self, patches, words, before=None):
-        """Patches (B, N, vision_width) and words (B, L, text_width), and what entered this stage.
+        """Patches (B, N, vision_width) and words (B, L, text_width), bridged.
 
-        `before` is what entered the last one, a pair (B, N, width) and (B, L, width).
+        And the narrow pair, (B, N, width) and (B, L, width), that this stage's attention took in;
+        `before` is that pair of the stage before, None at the first.
         """
         v = self.patches_down(patches.transpose(1, 2)).transpose(1, 2)
         t = self.words_down(words)
@@ -340,6 +344,8 @@ class Bridge(nn.Module):
 class HoulsbyAdapter(nn.Module):
     """Houlsby et al. (2019), behind a block's MLP: x + Up(ReLU(Down(x))), (B, N, width).
 
+    One a block, in front of its LayerScale and skip connection. That paper has a second one behind
+    the attention and trains the LayerNorms, too; the 1.98 million of DCRIS Table 2 are met by one.
     Starts as the identity: the up-projection is zero.
     """
 
@@ -363,7 +369,10 @@ class KroneckerFactors(nn.Module):
 
 
 class KroneckerLinear(nn.Module):
-    """A linear layer whose weight is the sum over i of A_i (x) B_i, a quarter of the numbers."""
+    """A linear layer whose weight is the sum over i of A_i (x) B_i: 1/n of the numbers.
+
+    A_i and B_i start so that the weight has He et al.'s variance, 2 / width.
+    """
 
     def __init__(self, width, out_width, factors):
         super().__init__()
@@ -372,20 +381,20 @@ class KroneckerLinear(nn.Module):
         self.b = nn.Parameter(torch.randn(n, out_width // n, width // n) * (2 / width) ** 0.5)
         self.bias = nn.Parameter(torch.zeros(out_width))
 
-    def weight(self):
+    def full_weight(self):
         products = torch.einsum("iab,icd->acbd", self.factors[0].a, self.b)
         return products.flatten(2).flatten(0, 1)                            # (out_width, width)
 
     def forward(self, x):
-        return F.linear(x, self.weight(), self.bias)
+        return F.linear(x, self.full_weight(), self.bias)
 
 
 class CompacterAdapter(nn.Module):
     """Compacter (Karimi Mahabadi et al., 2021), behind a block's MLP.
 
-    A Houlsby adapter of Kronecker-factored layers. The B_i are full matrices, where that paper also
-    factors them: with its rank 1 no width of the bottleneck reaches the 1.62 million parameters of
-    DCRIS Table 2.
+    A Houlsby adapter of Kronecker-factored layers, one a block as in that paper's Compacter++. The
+    B_i are full matrices, as in its PHM-adapter: were they of rank 1, the 1.62 million of DCRIS
+    Table 2 would take a bottleneck 21,860 wide.
     """
 
     def __init__(self, width, rank, factors):
@@ -402,7 +411,7 @@ class LoRA(nn.Module):
     """Hu et al. (2021): a frozen linear layer, and beside it Up(Down(x)) without a ReLU.
 
     Where one layer stands for several `parts` (query, key and value), each has a pair of its own.
-    Starts as the frozen layer: Up is zero.
+    That paper's constant factor alpha / rank is 1. Starts as the frozen layer: Up is zero.
     """
 
     def __init__(self, frozen, rank, parts=1):

@@ -2,7 +2,8 @@
 
 A tower is stepped from outside, block by block: `embed`, then every one of `blocks`, then `final`.
 The order in which two towers are stepped *is* the tuning method, and so it belongs to `model.py`.
-What a method hangs onto a block travels in an `Attached`; this file never mentions an adapter.
+What a method hangs onto a block travels in an `Attached`, or wraps one of its layers; this file
+never mentions an adapter.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
 (https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA). Tokens are

@@ -731,8 +731,9 @@ def draw_shapes(data, scenes=SCENES, seed=0, name="shapes"):
 
     {split: number of scenes}. Two figures of each scene are meant, in up to three expressions
     each; one in four masks is stored as RLE. The vocabulary, `merges.txt`, is learned from the
-    training expressions and, as rare ones, the words of all domains, so that a text tower that was
-    trained on one can be carried to another. The folder appears only once it is whole.
+    training expressions and, as rare ones, the words of all domains, so that in a text tower that
+    was trained on one and is carried to another every word is one token; what the tower makes of a
+    word it has never seen is left to chance. The folder appears only once it is whole.
     """
     domain = DOMAINS[name]
     folder, draft = Path(data) / name, Path(data) / f"{name}.{os.getpid()}.tmp"

@@ -348,7 +348,7 @@ def evaluate_all(args, rank, world, device, dtype):
 def report(results, about, json_path):
     """Prints the Markdown table, and writes {checkpoint: {split: metrics}}."""
     print(table_row("checkpoint", "preset", "tuned", "split", "expressions", "mIoU", "oIoU",
-                    *(f"P@{p}" for p in PRECISIONS), "training"))
+                    *(f"P@{p}" for p in PRECISIONS), "trained for"))
     print("|---|---|---:|---|" + "---:|" * (4 + len(PRECISIONS)))
     for path, splits in results.items():
         facts = about[path]
@@ -382,8 +382,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--dataset", metavar="NAME",
-                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, shapes or a "
-                             "folder of DATA (default: what the checkpoint was trained on)")
+                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, shapes, shapes-b "
+                             "or a folder of DATA (default: what the checkpoint was trained on)")
     parser.add_argument("--split", nargs="+", metavar="SPLIT", help="default: all but train")
     parser.add_argument("--json", metavar="OUT.json", help="also write the figures here")
     parser.add_argument("--panel", metavar="OUT.png", help="also draw examples of the first split")

@@ -553,7 +553,7 @@ class Tuners(unittest.TestCase):
         layer = shake(adapters.KroneckerLinear(12, 8, shake(factors, 1)))
         weight = sum(torch.kron(factors.a[i], layer.b[i]) for i in range(4))
         self.assertEqual(weight.shape, (8, 12))
-        self.same(layer.weight(), weight)
+        self.same(layer.full_weight(), weight)
         x = torch.randn(2, 3, 12).double()
         self.same(layer(x), x @ weight.T + layer.bias)
         net = model.build("shapes-compacter")
@@ -1841,14 +1841,25 @@ class Runs(unittest.TestCase):
                          ["shapes-full", "shapes-compacter", "shapes-lora", "shapes-barleria",
                           "shapes"])
         self.assertRegex(rows[2], r"\| shapes-lora \| 92,160 \| val \| \d+ \|.* \d+ s \|$")
-        # Going on with such a run takes the same command.
-        status, _, err = program(train, "--preset", "shapes-lora", *common, "--out",
-                                 place / "shapes-lora", "--resume", "--epochs", 1)
+        # Going on with such a run takes the same command; the result is the undisturbed run's.
+        lora, two = ["--preset", "shapes-lora", *common[:-2], "--epochs", 2], place / "two"
+        self.assertEqual(program(train, *lora, "--out", two)[0], 0)
+        epoch_one = model.read_checkpoint(place / "shapes-lora" / "last.pt")
+        epoch_one["config"]["epochs"] = 2
+        torch.save(epoch_one, place / "shapes-lora" / "last.pt")
+        status, _, err = program(train, *lora, "--out", place / "shapes-lora", "--resume")
         self.assertEqual(status, 0, err)
+        a, b = (model.read_checkpoint(out / "last.pt")["tensors"]
+                for out in (two, place / "shapes-lora"))
+        self.assertTrue(all(torch.equal(a[name], b[name]) for name in a))
         for arguments, message in (
                 (["--preset", "shapes-lora", "--data", place, "--dataset", "shapes-b", "--out",
-                  place / "x"], "come from nowhere: --init"),
+                  place / "x"], "comes from nowhere: --init"),
                 (["--preset", "houlsby", *common, "--out", place / "x"], "the tower has 4 blocks"),
+                ([*lora, "--init", place / "two" / "best.pt", "--out", place / "x"],
+                 "have the layers of lora inside"),
+                ([*lora, "--init", place / "shapes" / "best.pt", "--out", two, "--resume"],
+                 "another run: init"),
                 (["--preset", "shapes-lora", *common[:4], "--init", place / "no.pt"], "no such")):
             status, _, err = program(train, *arguments)
             self.assertEqual((status, len(err.strip().splitlines())), (2, 1), err)

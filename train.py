@@ -250,8 +250,12 @@ def load_init(path):
     """(path, checkpoint) of a run that trained its own towers, so that it holds them."""
     checkpoint = model.read_checkpoint(path)
     if any(checkpoint["towers"].values()) or "text" not in checkpoint["vocabulary"]:
-        raise model.ConfigError(f"{path}: its towers are in files of their own; --init is for "
-                                f"towers that were trained on drawn data")
+        raise model.ConfigError(f"{path}: no run on drawn data; --init takes the towers of one, "
+                                f"and its vocabulary")
+    method = checkpoint["config"].get("method")
+    if method in ("houlsby", "compacter", "lora"):
+        raise model.ConfigError(f"{path}: its towers have the layers of {method} inside; --init "
+                                f"takes those of a run such as runs/shapes/best.pt")
     return path, checkpoint
 
 
@@ -262,11 +266,11 @@ def load_model(args, config, init, run, out):
         weights = (None, None) if init or args.random_towers else model.find_weights(
             config, args.vision_weights, args.text_weights)
         net = model.assemble(config, *weights, init)
-        from_nothing = not (init or args.random_towers or net.sources["vision"])
-        if from_nothing and not net.vision.patch.weight.requires_grad:
-            raise model.ConfigError(f"preset {args.preset} keeps its towers as they are, but they "
-                                    f"come from nowhere: --init CKPT takes them from a trained run "
-                                    f"such as runs/shapes/best.pt")
+        for kind, tower in (("vision", net.vision), ("text", net.text)):
+            if tower.frozen and not (init or args.random_towers or net.sources[kind]):
+                raise model.ConfigError(
+                    f"preset {args.preset} keeps its {kind} tower as it is, but that comes from "
+                    f"nowhere: --init CKPT takes it from a trained run such as runs/shapes/best.pt")
         return net, None
     path = out / "last.pt"
     checkpoint = model.read_checkpoint(path)
@@ -334,7 +338,8 @@ def train(args, config, init, rank, world, device):
                  "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
                  "images_per_s": len(batches) * micro * world / trained,
                  "peak_memory_gb": peak_memory_gb(device), "seconds": time.time() - begun})
-        kept["seconds"] = sum(row["seconds"] for row in log.rows)
+        kept["seconds"] = sum(len(batches) * micro * world / row["images_per_s"]
+                              for row in log.rows)          # of training, without validation
         if found["miou"] > best:
             best = found["miou"]
             model.save(out / "best.pt", net, epoch=epoch, miou=best, **kept)
@@ -356,7 +361,7 @@ class Log:
             try:
                 rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
                 self.rows = [row for row in rows if row["epoch"] < first_epoch
-                             and {"loss", "miou", "oiou"} <= row.keys()]
+                             and {"loss", "miou", "oiou", "images_per_s"} <= row.keys()]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise data.DataError(f"{out / 'log.jsonl'}: damaged ({error}); mend or remove the "
                                      f"line") from None
@@ -400,8 +405,8 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="shapes", choices=model.PRESETS)
     parser.add_argument("--dataset", metavar="NAME",
-                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes or a "
-                             "folder of DATA (default of presets shapes*: shapes)")
+                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes, "
+                             "shapes-b or a folder of DATA (default of presets shapes*: shapes)")
     parser.add_argument("--out", metavar="DIR", help="default: runs/PRESET, numbered if it is used")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--seed", type=int, default=0)
@@ -411,7 +416,8 @@ def parse_arguments():
                         help="mixed: train also on photos of the val and test splits, as the "
                              "authors of DCRIS did")
     parser.add_argument("--init", metavar="CKPT",
-                        help="take the towers from this run on drawn data, and keep them frozen")
+                        help="take towers and vocabulary from this run on drawn data, and keep "
+                             "the towers frozen (but for shapes-full); --resume asks for it again")
     parser.add_argument("--random-towers", action="store_true",
                         help="towers without their weights, e.g. to try out a machine")
     evaluate.add_shared_arguments(parser)
@@ -434,8 +440,10 @@ def parse_arguments():
         parser.error("--seed is from 0 to 2147483647")
     drawn = model.PRESETS[args.preset].text not in model.PUBLISHED
     args.dataset = args.dataset or ("shapes" if drawn else None)
-    if args.init and (args.random_towers or args.vision_weights or args.text_weights):
-        parser.error("--init brings the towers; leave --random-towers and their files away")
+    if args.init and (args.random_towers or args.vision_weights or args.text_weights
+                      or args.vocabulary):
+        parser.error("--init brings towers and vocabulary; leave --random-towers and their files "
+                     "away")
     if args.dataset is None:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
     return args
