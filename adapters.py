@@ -37,35 +37,57 @@ class TextAdapter(nn.Module):
         return x + SCALE * self.up(self.down(x).relu())
 
 
-def conv_bn_relu(channels, out_channels, kernel):
+def conv_bn_relu(channels, out_channels, kernel, dims):
     """A convolution that keeps the size. Unlike the head's: with bias, and eps 1e-3."""
-    return nn.Sequential(
-        nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2),
-        nn.BatchNorm2d(out_channels, eps=1e-3),
-        nn.ReLU())
+    convolution, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[dims]
+    return nn.Sequential(convolution(channels, out_channels, kernel, padding=kernel // 2),
+                         norm(out_channels, eps=1e-3), nn.ReLU())
 
 
 class DenseConvolutions(nn.Module):
     """DCRIS Eq. 1: three convolutions, each fed by all before it, beside their common input.
 
     The 3x3 and the 5x5 branch are squeezed to rank/16 channels first. Maps (B, rank, h, w) to the
-    same shape: the branches have rank/2 + rank/4 + rank/4 channels.
+    same shape: the branches have rank/2 + rank/4 + rank/4 channels. With `dims` 1 they are
+    sequences (B, rank, L).
     """
 
-    def __init__(self, rank):
+    def __init__(self, rank, dims=2):
         super().__init__()
         half, quarter, thin = rank // 2, rank // 4, rank // 16
-        self.branch1 = conv_bn_relu(rank, half, 1)
+        self.branch1 = conv_bn_relu(rank, half, 1, dims)
         self.branch2 = nn.Sequential(
-            conv_bn_relu(rank + half, thin, 1), conv_bn_relu(thin, quarter, 3))
+            conv_bn_relu(rank + half, thin, 1, dims), conv_bn_relu(thin, quarter, 3, dims))
         self.branch3 = nn.Sequential(
-            conv_bn_relu(rank + half + quarter, thin, 1), conv_bn_relu(thin, quarter, 5))
+            conv_bn_relu(rank + half + quarter, thin, 1, dims),
+            conv_bn_relu(thin, quarter, 5, dims))
 
     def forward(self, x):
         x1 = self.branch1(x)                                # (B, rank/2, h, w)
         x2 = self.branch2(torch.cat([x, x1], 1))            # (B, rank/4, h, w)
         x3 = self.branch3(torch.cat([x, x1, x2], 1))        # (B, rank/4, h, w)
         return torch.cat([x1, x2, x3], 1) + x
+
+
+class DenseTextAdapter(nn.Module):
+    """The text adapter of DETRIS, the DCRIS authors' later program: convolutions over the words.
+
+    Like `TextAdapter`, with the branches of Eq. 1 in one dimension between Down and Up, and the
+    residual of Eq. 2. The first token skips the branches. `rank` must be a multiple of 16.
+    """
+
+    def __init__(self, width, rank):
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.dense = DenseConvolutions(rank, dims=1)
+        self.up = nn.Linear(rank, width)
+        kaiming(self)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        hidden = self.down(x).relu()                                    # (B, L, rank)
+        dense = self.dense(hidden[:, 1:].transpose(1, 2)).transpose(1, 2)
+        return x + SCALE * self.up(torch.cat([hidden[:, :1], dense], dim=1) + hidden)
 
 
 class CrossAttention(nn.Module):
@@ -119,7 +141,7 @@ class DenseCrossAdapter(nn.Module):
 def kaiming(module):
     """He et al.'s initialisation (ReLU) of all linear layers and convolutions, zero biases."""
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 

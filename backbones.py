@@ -8,12 +8,20 @@ never mentions an adapter.
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
 (https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA). Tokens are
 (B, N, D) everywhere.
+
+    python backbones.py download dinov2-b clip-b vocabulary     into pretrained/
 """
 
+import argparse
 import hashlib
+import http.client
 import math
+import os
 import pickle
 import re
+import sys
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -23,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 
 class WeightsError(ValueError):
@@ -245,6 +254,7 @@ class ViT(nn.Module):
         self.shape, form = shape, FORMS[shape.form]
         self.prefix = 1 + shape.registers       # tokens that stand before the patches
         self.frozen = False
+        self.old_positions = False              # resize them as DINOv2's first release did
         width = shape.width
         self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch,
                                bias=not form.norm_before)
@@ -282,8 +292,12 @@ class ViT(nn.Module):
             return self.position
         first, patches = self.position[:, :1], self.position[:, 1:]
         patches = patches.float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, grid, mode="bicubic",
-                                antialias=FORMS[self.shape.form].antialias)
+        if self.old_positions:      # by the ratio of a grid a tenth of a patch larger
+            patches = F.interpolate(patches, mode="bicubic",
+                                    scale_factor=[(side + 0.1) / stored for side in grid])
+        else:
+            patches = F.interpolate(patches, grid, mode="bicubic",
+                                    antialias=FORMS[self.shape.form].antialias)
         return torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
 
     def angles(self, grid):
@@ -432,23 +446,26 @@ def unfreeze(tower):
 # ---------------------------------------------------------------------------------------------
 
 class Published(NamedTuple):
-    """A weight file: its name, and where it is to be had."""
+    """A file: its name, where it is to be had, and its SHA-256 where the publisher gives one."""
     file: str
     address: str
+    sha256: str | None = None
 
 
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 CLIP = "https://openaipublic.azureedge.net/clip/models"
-PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address) for name, address in {
-    "dinov2-b": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-    "dinov2-l": f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-    "clip-b": f"{CLIP}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/"
-              f"ViT-B-16.pt",
-    "clip-l": f"{CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/"
-              f"ViT-L-14.pt",
-    "eva-b": "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt",
-    "vocabulary": "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-}.items()}
+CLIP_B = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+CLIP_L = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, digest)
+             for name, address, digest in (
+    ("dinov2-b", f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None),
+    ("dinov2-l", f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None),
+    ("clip-b", f"{CLIP}/{CLIP_B}/ViT-B-16.pt", CLIP_B),
+    ("clip-l", f"{CLIP}/{CLIP_L}/ViT-L-14.pt", CLIP_L),
+    ("eva-b", "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt",
+     None),
+    ("vocabulary", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+     "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"))}
 
 # What a tensor is called here, as a regular expression, and in the published files.
 DINOV2_NAMES = [
@@ -501,54 +518,107 @@ EVA_VISION_NAMES = [
     (r"^", "visual."),
 ]
 EVA_TEXT_NAMES = CLIP_TEXT_NAMES + [(r"^(?!logit_scale)", "text.")]
+# Hugging Face's. Query, key and value are stored apart; `join` puts them together as "qkv".
+HF_DINOV2_NAMES = [
+    (r"^class_token", "embeddings.cls_token"),
+    (r"^position", "embeddings.position_embeddings"),
+    (r"^registers", "embeddings.register_tokens"),
+    (r"^mask_token", "embeddings.mask_token"),
+    (r"^patch\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attention\.qkv\.", ".attention.attention.qkv."),
+    (r"\.attention\.out\.", ".attention.output.dense."),
+    (r"\.scale([12])\.gamma", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.up\.", ".mlp.fc1."),
+    (r"\.mlp\.down\.", ".mlp.fc2."),
+]
+HF_CLIP_BLOCK_NAMES = [
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attention\.qkv\.", ".self_attn.qkv."),
+    (r"\.attention\.out\.", ".self_attn.out_proj."),
+    (r"\.mlp\.up\.", ".mlp.fc1."),
+    (r"\.mlp\.down\.", ".mlp.fc2."),
+]
+HF_CLIP_VISION_NAMES = HF_CLIP_BLOCK_NAMES + [
+    (r"^class_token", "embeddings.class_embedding"),
+    (r"^position", "embeddings.position_embedding.weight"),
+    (r"^patch\.", "embeddings.patch_embedding."),
+    (r"^norm_before\.", "pre_layrnorm."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^projection\.", "visual_projection."),
+    (r"^(?!visual_projection)", "vision_model."),
+]
+HF_CLIP_TEXT_NAMES = HF_CLIP_BLOCK_NAMES + [
+    (r"^embedding\.", "embeddings.token_embedding."),
+    (r"^position", "embeddings.position_embedding.weight"),
+    (r"^norm\.", "final_layer_norm."),
+    (r"^projection", "text_projection.weight"),
+    (r"^(?!text_projection|logit_scale)", "text_model."),
+]
+
+
+def transposed(tensor):
+    return tensor.T
 
 
 class Layout(NamedTuple):
     """How a family's published files call its tensors."""
     form: str               # a name in FORMS
     mark: str               # a tensor that only this layout has
+    belongs: str            # regular expression of the names of this tower's tensors
     names: list
+    views: dict = {}        # our name -> what makes our shape of the stored one
 
 
+# CLIP's class token (D) and positions (N, D), in either layout.
+UNBATCHED = {"class_token": lambda tensor: tensor[None, None],
+             "position": lambda tensor: tensor[None]}
 VISION_LAYOUTS = [
-    Layout("dinov2", "register_tokens", DINOV2_NAMES),
-    Layout("clip", "visual.class_embedding", CLIP_VISION_NAMES),
-    Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", EVA_VISION_NAMES),
+    Layout("dinov2", "register_tokens", r"", DINOV2_NAMES),
+    Layout("clip", "visual.class_embedding", r"visual\.", CLIP_VISION_NAMES,
+           {**UNBATCHED, "projection.weight": transposed}),
+    Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", r"visual\.", EVA_VISION_NAMES),
+    Layout("dinov2", "embeddings.register_tokens", r"", HF_DINOV2_NAMES),
+    Layout("clip", "vision_model.embeddings.class_embedding",
+           r"(vision_model(?!\.embeddings\.position_ids)|visual_projection)\.",
+           HF_CLIP_VISION_NAMES, UNBATCHED),
 ]
 TEXT_LAYOUTS = [
-    Layout("clip text", "token_embedding.weight", CLIP_TEXT_NAMES),
-    Layout("eva text", "text.token_embedding.weight", EVA_TEXT_NAMES),
+    # OpenAI's archives carry three plain numbers among their tensors.
+    Layout("clip text", "token_embedding.weight",
+           r"(?!visual\.|input_resolution|context_length|vocab_size)", CLIP_TEXT_NAMES),
+    Layout("eva text", "text.token_embedding.weight", r"text\.|logit_scale", EVA_TEXT_NAMES),
+    Layout("clip text", "text_model.embeddings.token_embedding.weight",
+           r"(text_model(?!\.embeddings\.position_ids)|text_projection)\.|logit_scale",
+           HF_CLIP_TEXT_NAMES, {"projection": transposed}),
 ]
 ORDINARY = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
-# Numbers that OpenAI's archives carry among their tensors.
-CLIP_ATTRIBUTES = {"input_resolution", "context_length", "vocab_size"}
 
 
 def load_vision(path, image_size=None):
     """A frozen vision tower from a published file, told by its content.
 
-    The file is DINOv2's with registers, or OpenAI's CLIP or EVA-02 as CLIP with both towers in it.
-    `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and depths are
-    read off the tensors. With `image_size` (pixels) the grid of positions is resized to that size
-    once and for good; without, it stays as published and is resized for every input. Raises
-    WeightsError, naming the tensor, for anything missing, extra or misshapen; OSError where the
-    file cannot be read; ValueError where the patch does not divide `image_size`.
+    That is DINOv2 with registers, CLIP, or EVA-02 as CLIP, as their authors published them, or the
+    first two in Hugging Face's layout, the file or its folder. Files of both of CLIP's towers serve
+    for either. `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and
+    depths are read off the tensors. With `image_size` (pixels) the grid of positions is resized to
+    that size once and for good; without, it stays as published and is resized for every input.
+    Raises WeightsError, naming the tensor, for anything missing, extra or misshapen; OSError where
+    the file cannot be read; ValueError where the patch does not divide `image_size`.
     """
-    state, layout = read_layout(path, "vision", VISION_LAYOUTS)
-    if layout.form != "dinov2":                     # both towers are in the file
-        state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    tower = vision_tower(path, read_tensors(path))
+    if image_size is not None:
+        tower.resize(image_size)
+    return tower
+
+
+def vision_tower(path, state):
+    """`load_vision`, of tensors that were read from `path`."""
+    state, layout, size = in_layout(path, "vision", VISION_LAYOUTS, state)
     tables = {name: state.pop(name) for name in list(state)
               if ".freqs_" in name and layout.form == "eva"}
-
-    def size(name, count):
-        return dimensions(path, state, renamed(name, layout.names), count)
-
-    if layout.form == "clip":                       # these alone are stored in other shapes
-        for name, count, view in (("class_token", 1, lambda tensor: tensor[None, None]),
-                                  ("position", 2, lambda tensor: tensor[None]),
-                                  ("projection.weight", 2, lambda tensor: tensor.T)):
-            size(name, count)
-            state[renamed(name, layout.names)] = view(state[renamed(name, layout.names)])
     width, _, _, patch = size("patch.weight", 4)
     positions = size("position", 3)[1]
     grid = math.isqrt(positions - 1)
@@ -566,23 +636,22 @@ def load_vision(path, image_size=None):
         if table.shape != ours.shape or not (table - ours).abs().max() < 0.01:   # of halves
             raise WeightsError(f"{path}: tensor {name} holds other angles than those of EVA-02 "
                                f"as CLIP")
-    if image_size is not None:
-        tower.resize(image_size)
     return tower
 
 
 def load_text(path):
-    """A frozen text tower from a published file, told by its content: OpenAI's CLIP, or EVA-02's.
+    """A frozen text tower, CLIP's or that of EVA-02 as CLIP; files as for `load_vision`.
 
     `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). Errors: as `load_vision`.
     """
-    state, layout = read_layout(path, "text", TEXT_LAYOUTS)
-    state = {name: tensor for name, tensor in state.items()
-             if not name.startswith("visual.") and name not in CLIP_ATTRIBUTES}
+    return text_tower(path, read_tensors(path))
 
-    def size(name, count):
-        return dimensions(path, state, renamed(name, layout.names), count)
 
+def text_tower(path, state):
+    """`load_text`, of tensors that were read from `path`."""
+    state, layout, size = in_layout(path, "text", TEXT_LAYOUTS, state)
+    if layout.names is HF_CLIP_TEXT_NAMES:          # a text tower alone is saved without it
+        state.setdefault("logit_scale", torch.zeros(()))
     vocabulary, width = size("embedding.weight", 2)
     shape = TextShape(
         width, depth=count_blocks(path, state, layout), heads=width // 64,
@@ -591,15 +660,43 @@ def load_text(path):
     return filled(TextTransformer, shape, state, path, layout.names)
 
 
-def read_layout(path, kind, layouts):
-    """The tensors of a file and the layout they are in."""
-    state = read_tensors(path)
-    for layout in layouts:
-        if layout.mark in state:
-            return state, layout
-    marks = ", ".join(f"{layout.mark} ({layout.form})" for layout in layouts)
-    raise WeightsError(f"{path}: no {kind} tower of a family known here, each of which has one of "
-                       f"{marks}; found {some_of(state)}")
+def in_layout(path, kind, layouts, state):
+    """The tensors of one tower, in our shapes under the file's names, and their layout.
+
+    And a function from our name of a tensor that must be there, with so many dimensions, to its
+    shape.
+    """
+    layout = next((layout for layout in layouts if layout.mark in state), None)
+    if layout is None:
+        marks = ", ".join(f"{layout.mark} ({layout.form})" for layout in layouts)
+        raise WeightsError(f"{path}: no {kind} tower of a family known here, each of which has one "
+                           f"of {marks}; found {some_of(state)}")
+    state = {name: tensor for name, tensor in state.items() if re.match(layout.belongs, name)}
+    join(path, state)
+
+    def size(name, count):
+        return dimensions(path, state, renamed(name, layout.names), count)
+
+    for name, view in layout.views.items():
+        size(name, 1 if name == "class_token" else 2)
+        state[renamed(name, layout.names)] = view(state[renamed(name, layout.names)])
+    return state, layout, size
+
+
+def join(path, state):
+    """Puts Hugging Face's queries, keys and values, stored apart, together as `qkv`."""
+    stored = r"(.*\.(?:attention\.attention|self_attn)\.)(?:query|key|value|[qkv]_proj)(\.\w+)"
+    matches = [re.fullmatch(stored, name) for name in state]
+    for start, end in {match.groups() for match in matches if match}:
+        words = ("q_proj", "k_proj", "v_proj")
+        if start.endswith("attention.attention."):
+            words = ("query", "key", "value")
+        names = [f"{start}{word}{end}" for word in words]
+        shapes = [dimensions(path, state, name, 2 if end == ".weight" else 1) for name in names]
+        if len(set(shapes)) > 1:
+            raise WeightsError(f"{path}: tensors {names[0]} and its two companions are misshapen, "
+                               f"{shapes}")
+        state[f"{start}qkv{end}"] = torch.cat([state.pop(name) for name in names])
 
 
 def renamed(name, names):
@@ -609,9 +706,27 @@ def renamed(name, names):
     return name
 
 
+HF_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def weight_file(path):
+    """The file that `path` is, or, where it is a folder as Hugging Face's, the one in it."""
+    if not os.path.isdir(path):
+        return path
+    for name in HF_FILES:
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise FileNotFoundError(f"{path}: a folder without {' or '.join(HF_FILES)}")
+
+
 def read_tensors(path):
-    """Name -> tensor of a PyTorch file or TorchScript archive, on the CPU."""
-    state = read_file(path)
+    """Name -> tensor of a PyTorch file, TorchScript archive or .safetensors file, on the CPU.
+
+    `path` may be a folder with such a file under one of Hugging Face's names.
+    """
+    path = weight_file(path)
+    state = (read_safetensors(path)[0] if str(path).endswith(".safetensors") else
+             read_file(path))
     if not isinstance(state, dict) or not state or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor)
             for name, tensor in state.items()):
@@ -627,6 +742,23 @@ def check_plain(path, state):
                 or tensor.is_nested or tensor.is_meta or tensor.dtype not in ORDINARY
                 or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()):
             raise WeightsError(f"{path}: {name} is not a plain tensor of numbers")
+
+
+def read_safetensors(path):
+    """Name -> tensor, and the metadata, of a .safetensors file."""
+    with open(path, "rb"):
+        pass                                        # an OSError is about the path
+    try:
+        import safetensors
+    except ImportError:
+        raise WeightsError(f"{path}: to read .safetensors files, pip install safetensors; or take "
+                           f"the same weights as {HF_FILES[1]}") from None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except Exception as error:                      # of a type of its own
+        raise WeightsError(f"{path}: not a readable .safetensors file: {error}; "
+                           f"fetch it again") from None
 
 
 def read_file(path):
@@ -727,3 +859,84 @@ def sha256(path):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+def download(name, folder="pretrained"):
+    """Fetches a file of PUBLISHED into a folder, and returns its path.
+
+    What has arrived stays beside it as FILE.part, and the next call goes on from there. The file
+    gets its name only once it is whole and, where a SHA-256 is published, is found to be the one.
+    Raises OSError where it cannot be fetched or written, WeightsError for another SHA-256.
+    """
+    published = PUBLISHED[name]
+    target = os.path.join(folder, published.file)
+    part = f"{target}.part"
+    if os.path.exists(target):
+        check_digest(target, published, "remove it to fetch it again")
+        return target
+    os.makedirs(folder, exist_ok=True)
+    here = os.path.getsize(part) if os.path.exists(part) else 0
+    request = urllib.request.Request(
+        published.address, headers={"Range": f"bytes={here}-"} if here else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response, open(part, "ab") as file:
+            receive(response, file, here, published)
+            os.fsync(file.fileno())
+    except urllib.error.HTTPError as error:
+        if not (here and error.code == 416):        # nothing is left to send
+            raise OSError(f"{published.address}: {error}") from None
+    except (urllib.error.URLError, TimeoutError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise OSError(f"{published.address}: {reason}; the same command goes on") from None
+    check_digest(part, published, f"remove {part} and fetch it again")
+    os.replace(part, target)
+    return target
+
+
+def receive(response, file, here, published):
+    """Appends to `file`, of which `here` bytes are there, what is missing of a response's content.
+
+    OSError where the content ends early.
+    """
+    length = int(response.headers.get("Content-Length") or 0)
+    skip = 0 if getattr(response, "status", None) == 206 else here      # 206: only the rest comes
+    total = here - skip + length if length else None
+    with tqdm(desc=published.file, total=total, initial=here - skip, unit="B", unit_scale=True,
+              unit_divisor=1024) as bar:
+        while chunk := response.read(1 << 20):
+            bar.update(len(chunk))
+            file.write(chunk[skip:])
+            skip = max(0, skip - len(chunk))
+    if total is not None and bar.n < total:
+        raise OSError(f"{published.address}: cut off after {bar.n:,} of {total:,} bytes; the same "
+                      f"command goes on")
+
+
+def check_digest(path, published, remedy):
+    if published.sha256 is not None and sha256(path) != published.sha256:
+        raise WeightsError(f"{path}: not the published file, whose SHA-256 is "
+                           f"{published.sha256[:16]}...; {remedy}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Fetch published weights into pretrained/.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("download", help="fetch a file, or go on fetching it")
+    command.add_argument("names", metavar="NAME", nargs="+", choices=PUBLISHED,
+                         help=", ".join(PUBLISHED))
+    for name in parser.parse_args().names:
+        print(download(name))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (WeightsError, OSError) as error:
+        print(f"backbones.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -2,6 +2,7 @@
 
     python model.py             the presets and their parameters, beside the papers' figures
     python model.py --json      the same for programs
+    python model.py export runs/dcris-b/best.pt tuned.safetensors
 
 `build(name)` makes a model, `load(path)` reads a checkpoint. A model maps images (B, 3, S, S),
 normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P) for patches of P pixels.
@@ -11,6 +12,8 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,7 @@ import torch.nn as nn
 import backbones
 from adapters import (Bridge, CompacterAdapter, DenseCrossAdapter, GlobalShortcutTuning,
                       HoulsbyAdapter, Intertwiner, KroneckerFactors, LoRA, NormalizingFlow,
-                      TextAdapter, global_prior)
+                      TextAdapter, DenseTextAdapter, global_prior)
 from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
 from head import Head
 from loss import text_to_pixel_loss     # noqa: F401, the loss that every model here is trained with
@@ -49,6 +52,8 @@ class Config:
     visual_adapter_rank: int = 128
     text_adapter_layers: tuple[int, ...] = (1, 3, 5, 7, 9, 11)
     text_adapter_rank: int = 64
+    text_convolutions: bool = False     # DETRIS: convolutions in the text adapters, too
+    old_positions: bool = False         # DETRIS: DINOv2's positions resized as at its first release
     # BarLeRIa
     visual_flows: bool = True           # normalizing flows on the shortcuts of the vision tower
     text_flows: bool = True             # and of the text tower
@@ -84,6 +89,12 @@ DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image
          "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
          "batch_size": 16, "lr": 1e-3, "epochs": 4, "decay_epoch": 3}
 DCRIS_B = Config()
+DCRIS_L = replace(
+    DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
+    batch_size=64, lr=2e-4)
+# The DCRIS authors' released program.
+DETRIS_B, DETRIS_L = (replace(config, text_convolutions=True, old_positions=True)
+                      for config in (DCRIS_B, DCRIS_L))
 # The authors' programs train CLIP's positions beside what they count, and so do these.
 BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
                   features=(3, 7))
@@ -96,9 +107,12 @@ PRESETS = {
         BARLERIA, vision="small-clip", intertwined_rank=16, global_blocks=2, global_width=48,
         global_heads=2, global_queries=8, global_patch=8, **DRAWN),
     "dcris-b": DCRIS_B,
-    "dcris-l": replace(
-        DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
-        batch_size=64, lr=2e-4),
+    "dcris-l": DCRIS_L,
+    "detris-b": DETRIS_B,
+    "detris-l": DETRIS_L,
+    "detris-l-mixed": replace(
+        DETRIS_L, visual_adapter_rank=384, visual_adapter_layers=tuple(range(1, 24)),
+        text_adapter_rank=384, text_adapter_layers=tuple(range(1, 12)), length=22),
     "barleria": BARLERIA,
     "barleria-eva": replace(BARLERIA, vision="eva-b", text="eva-b"),
     "barleria-l": replace(                      # 416 is no multiple of its patches' 14 pixels
@@ -141,6 +155,7 @@ ODD = (1, 3, 5, 7, 9, 11)
 TABLE = [
     ("full", {}, 149.97), ("fixed", {}, 0.00), ("houlsby", {}, 1.98), ("compacter", {}, 1.62),
     ("lora", {}, 1.57), ("etris-dino", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
+    ("detris-b", {}, None), ("detris-l", {}, None), ("detris-l-mixed", {}, None),
     ("etris", {}, 1.39), ("snf", {}, 0.18), ("snf-etris", {}, 1.57), ("barleria-local", {}, 0.39),
     ("barleria", {}, 2.21), ("barleria-eva", {}, None), ("barleria-l", {}, None),
     *((name, {}, None) for name in PRESETS if name.startswith("shapes")),
@@ -160,7 +175,7 @@ class DCRIS(nn.Module):
     """
 
     own_fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
-                  "text_adapter_rank")      # of Config, which some other methods lack
+                  "text_adapter_rank", "text_convolutions")     # of Config; others may lack them
     projects = False                        # whether CLIP's projection of the photo is used
 
     @staticmethod
@@ -168,12 +183,16 @@ class DCRIS(nn.Module):
         if config.visual_adapter_rank % 16:
             raise ConfigError(f"visual_adapter_rank {config.visual_adapter_rank}: the branches "
                               f"need a multiple of 16")
+        if config.text_convolutions and config.text_adapter_rank % 16:
+            raise ConfigError(f"text_adapter_rank {config.text_adapter_rank}: the branches need a "
+                              f"multiple of 16")
 
     def __init__(self, config, vision, text):
         super().__init__()
         self.config, self.vision, self.text = config, vision, text
+        adapter = DenseTextAdapter if config.text_convolutions else TextAdapter
         self.text_adapters = nn.ModuleDict({
-            str(i): TextAdapter(text.shape.width, config.text_adapter_rank)
+            str(i): adapter(text.shape.width, config.text_adapter_rank)
             for i in config.text_adapter_layers})
         self.dense_cross_adapters = nn.ModuleDict({
             str(i): DenseCrossAdapter(vision.shape.width, config.visual_adapter_rank,
@@ -544,6 +563,7 @@ def assemble(config, vision_weights=None, text_weights=None, init=None):
             tower, sources[kind] = tower_class(expected), None
         else:
             tower = read(path)
+            path = backbones.weight_file(path)
             sources[kind] = {"file": Path(path).name, "sha256": sha256(path)}
             if tower.shape != expected:
                 raise WeightsError(f"{path} holds {tower.shape}, but {kind} = "
@@ -553,6 +573,7 @@ def assemble(config, vision_weights=None, text_weights=None, init=None):
                                    for name, tensor in init[1]["tensors"].items()
                                    if name.startswith(f"{kind}.")}, init[0])
         towers[kind] = freeze(tower)
+    towers["vision"].old_positions = config.old_positions
     model = METHODS[config.method](config, **towers)
     for tower in towers.values():
         if config.train_towers:
@@ -579,7 +600,7 @@ def find_published(name, path=None):
     """`path`, or the file published under this name in `pretrained/`. FileNotFoundError."""
     published = PUBLISHED[name]
     path = Path(path) if path is not None else PRETRAINED / published.file
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {name} is published as {published.file} "
                                 f"at {published.address}; put it into {PRETRAINED}/")
     return path
@@ -637,10 +658,24 @@ def save(path, model, **more):
 
 
 def read_checkpoint(path):
-    """The dictionary that `save` wrote. Raises WeightsError for anything else, OSError."""
+    """The dictionary that `save` or `export` wrote, or `released` tensors of the authors' programs.
+
+    Raises WeightsError for anything else, OSError.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    checkpoint = backbones.read_file(path)
+    if str(path).endswith(".safetensors"):
+        tensors, notes = backbones.read_safetensors(path)
+        try:
+            checkpoint = {**json.loads(notes["ris"]), "tensors": tensors}
+            checkpoint["config"] = {field: tuple(value) if isinstance(value, list) else value
+                                    for field, value in checkpoint["config"].items()}
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise WeightsError(f"{path}: not a file that `model.py export` wrote") from None
+    else:
+        checkpoint = backbones.read_file(path)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
+        return {"released": checkpoint["state_dict"], "run": {}, "vocabulary": {}}
     if not isinstance(checkpoint, dict) or not all(
             isinstance(checkpoint.get(part), dict) for part in ("config", "towers", "tensors")):
         raise WeightsError(f"{path}: not a checkpoint of this project (config, towers, tensors)")
@@ -675,6 +710,8 @@ def load(path, vision_weights=None, text_weights=None):
 
 def restore(path, checkpoint, vision_weights=None, text_weights=None):
     """`load`, of a checkpoint that `read_checkpoint` has read from `path`."""
+    if "released" in checkpoint:
+        return restore_released(path, checkpoint["released"])
     config = restore_config(path, checkpoint["config"])
     weights = []
     for kind, given in (("vision", vision_weights), ("text", text_weights)):
@@ -684,12 +721,181 @@ def restore(path, checkpoint, vision_weights=None, text_weights=None):
         weights.append(find_published(name, given) if checkpoint["towers"][kind] else None)
     model = assemble(config, *weights)
     for kind, source in checkpoint["towers"].items():
-        if source and source["sha256"] != model.sources[kind]["sha256"]:
+        if source and source["sha256"] not in (None, model.sources[kind]["sha256"]):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
                                f"{str(source['sha256'])[:16]}..., but the file at hand has "
                                f"{model.sources[kind]['sha256'][:16]}...")
     backbones.fill(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
     return model.eval()
+
+
+def export(checkpoint_path, out):
+    """Writes what was tuned, the head and the configuration of a checkpoint, and nothing else.
+
+    OUT.pt is a checkpoint as `save` writes it; OUT.safetensors holds the same tensors, and the rest
+    as JSON in its metadata. Both load again. Raises WeightsError, OSError.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    net = restore(checkpoint_path, checkpoint)
+    kept = {part: checkpoint[part] for part in ("run", "vocabulary")}
+    if not str(out).endswith(".safetensors"):
+        return save(out, net, **kept)
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise WeightsError(f"{out}: to write .safetensors files, pip install safetensors; or name "
+                           f"it .pt") from None
+    notes = json.dumps({"config": asdict(net.config), "towers": net.sources, **kept})
+    tensors = {name: tensor.contiguous() for name, tensor in tuned_tensors(net).items()}
+    with replacing(out) as file:
+        file.write(safetensors.torch.save(tensors, {"ris": notes}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints of the authors' programs, DETRIS and ETRIS
+# ---------------------------------------------------------------------------------------------
+
+# What a tensor is called here, as a regular expression, and in their files (behind "module.").
+RELEASED_NAMES = [
+    (r"^head\.neck\.sentence\.", "neck.txt_proj."),
+    (r"^head\.neck\.maps\.(\d)\.", lambda match: f"neck.f{int(match[1]) + 3}_proj."),
+    (r"^head\.neck\.gates\.(\d)\.",
+     lambda match: f"neck.fusion{int(match[1]) + 3}.multihead_attn."),
+    (r"\.multihead_attn\.out\.", ".multihead_attn.out_proj."),
+    (r"^head\.neck\.fuse\.", "neck.aggr."),
+    (r"^head\.neck\.coordinates\.0\.", "neck.coordconv.0.conv1."),
+    (r"^head\.neck\.coordinates\.1\.", "neck.coordconv.1."),
+    (r"^head\.decoder\.", "decoder."),
+    (r"\.self_attention(_norm)?\.", r".self_attn\1."),
+    (r"\.cross_attention\.", ".multihead_attn."),
+    (r"\.cross_attention_norm\.", ".cross_attn_norm."),
+    (r"\.feed_forward\.", ".ffn."),
+    (r"^head\.projector\.image\.", "proj.vis."),
+    (r"^head\.projector\.sentence\.", "proj.txt."),
+    (r"^dense_cross_adapters\.(\d+)\.", r"dinov2.blocks.\1.adapter."),
+    (r"^text_adapters\.(\d+)\.", r"txt_backbone.transformer.resblocks.\1.adapter."),
+    (r"\.adapter\.down\.", ".adapter.D_fc1."),
+    (r"\.adapter\.up\.", ".adapter.D_fc2."),
+    (r"\.dense\.branch(\d(?:\.\d)?)\.0\.(weight|bias)$", r".dense_branch\1.conv.\2"),
+    (r"\.dense\.branch(\d(?:\.\d)?)\.1\.(?=weight|bias|running|num)", r".dense_branch\1.bn."),
+    (r"\.cross\.query\.", ".cross.image_proj."),
+    (r"\.cross\.words\.", ".cross.text_proj."),
+    (r"\.cross\.attention\.", ".cross.multihead_attn."),
+    (r"\.cross\.back\.", ".cross.back_proj."),
+    (r"^bridges\.(\d+)\.patches_down\.", r"bridger.zoom_in.\1."),
+    (r"^bridges\.(\d+)\.patches_up\.", r"bridger.zoom_out.\1."),
+    (r"^bridges\.(\d+)\.words_down\.", r"bridger.linear1.\1."),
+    (r"^bridges\.(\d+)\.words_up\.", r"bridger.linear2.\1."),
+    (r"^bridges\.(\d+)\.patches_read\.attention\.", r"bridger.fusion_v.\1.multihead_attn."),
+    (r"^bridges\.(\d+)\.words_read\.attention\.", r"bridger.fusion_t.\1.multihead_attn."),
+    (r"^bridges\.(\d+)\.(patches|words)_norm\.", lambda match:
+        f"bridger.ln_{'v' if match[2] == 'patches' else 't'}.{int(match[1]) - 1}."),
+]
+
+
+def restore_released(path, state):
+    """A model in eval mode from the tensors of a released DETRIS or ETRIS checkpoint.
+
+    Every width, rank, layer and grid is read off the names and shapes. Not in the files, and taken
+    as in the authors' configurations: 8 heads, the photo's size (448 and 416 pixels), 17 tokens.
+    """
+    backbones.check_plain(path, state)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    detris = any(name.startswith("dinov2.") for name in state)
+    prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
+
+    def part(prefix):
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items()
+                if name.startswith(prefix) and ".adapter." not in name}
+
+    def size(name, axis=0):
+        if name not in state or state[name].ndim <= axis:
+            raise WeightsError(f"{path}: tensor {name} is missing or misshapen")
+        return state[name].shape[axis]
+
+    def numbers(pattern):
+        matches = (re.match(pattern, name) for name in state)
+        return tuple(sorted({int(match[1]) for match in matches if match}))
+
+    vision = backbones.vision_tower(path, part(prefixes[0]))
+    text = backbones.text_tower(path, part(prefixes[1]))
+    third = vision.shape.depth // 3
+    common = {
+        "vision": shape_name(VISION, vision.shape), "text": shape_name(TEXT, text.shape),
+        "head_width": size("neck.aggr.0.weight"),
+        "head_layers": len(numbers(r"decoder\.layers\.(\d+)\."))}
+    if detris:
+        visual = numbers(r"dinov2\.blocks\.(\d+)\.adapter\.")
+        words = numbers(r"txt_backbone\.transformer\.resblocks\.(\d+)\.adapter\.")
+        resblock = "txt_backbone.transformer.resblocks"
+        ranks = {}
+        if visual:
+            ranks["visual_adapter_rank"] = size(f"dinov2.blocks.{visual[0]}.adapter.D_fc1.weight")
+        if words:
+            ranks["text_adapter_rank"] = size(f"{resblock}.{words[0]}.adapter.D_fc1.weight")
+        config = Config(
+            visual_adapter_layers=visual, text_adapter_layers=words, old_positions=True,
+            text_convolutions=any(".adapter.dense_branch1." in name for name in state
+                                  if name.startswith(resblock)),
+            features=(third, 2 * third), image_size=released_size(448, vision), **ranks, **common)
+    else:
+        config = replace(
+            ETRIS_B, bridges=len(numbers(r"bridger\.linear1\.(\d+)\.")),
+            bridge_width=size("bridger.linear1.0.weight"), features=(third - 1, 2 * third - 1),
+            image_size=released_size(416, vision), **common)
+    try:
+        check(config)
+    except ConfigError as error:
+        raise WeightsError(f"{path}: no model can be made of it: {error}") from None
+    vision.old_positions = config.old_positions
+    net = METHODS[config.method](config, vision, text)
+    net.sources = {kind: {"file": PUBLISHED[name].file if name in PUBLISHED else "", "sha256": None}
+                   for kind, name in (("vision", config.vision), ("text", config.text))}
+    if config.train_positions:
+        for tower in (vision, text):
+            tower.position.requires_grad_(True)
+    own = {name: tensor for name, tensor in net.state_dict().items()
+           if not name.startswith(("vision.", "text."))}
+    rest = {name: tensor for name, tensor in state.items()
+            if not name.startswith(prefixes) or ".adapter." in name}
+    backbones.fill(net, in_our_shapes(rest, own), path, RELEASED_NAMES, own)
+    return net.eval()
+
+
+def in_our_shapes(state, own):
+    """The released tensors with two things undone: attention to one key, transposed convolutions.
+
+    Of the neck's attentions only values and outputs have an effect (`head.Gate`). ETRIS's 1x1
+    convolutions are two-dimensional, and one in each stage is transposed.
+    """
+    out = {}
+    for name, tensor in state.items():
+        if re.match(r"neck\.fusion\d\.multihead_attn\.in_proj_(weight|bias)", name):
+            out[name.replace("in_proj_", "value.")] = tensor[len(tensor) // 3 * 2:]
+        else:
+            out[name] = tensor
+    for name, tensor in own.items():
+        theirs = backbones.renamed(name, RELEASED_NAMES)
+        if theirs in out and tensor.ndim == 3 and out[theirs].ndim == 4:
+            stored = out[theirs].flatten(2)
+            out[theirs] = stored if stored.shape == tensor.shape else stored.transpose(0, 1)
+    return out
+
+
+def released_size(usual, vision):
+    """The size of photos of the authors' configuration, or that of the positions."""
+    patch = vision.shape.patch
+    return usual if usual % patch == 0 else vision.shape.grid * patch
+
+
+def shape_name(table, shape):
+    """The name of a tower's shape in VISION or TEXT; one that is not there is given a name."""
+    for name, known in table.items():
+        if known == shape:
+            return name
+    name = f"released-{shape.width}x{shape.depth}"
+    table[name] = shape
+    return name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -727,7 +933,16 @@ def differences(overrides):
 def main():
     parser = argparse.ArgumentParser(description="The presets and their parameters.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("export", help="write the tuned part of a checkpoint alone")
+    command.add_argument("ckpt", metavar="CKPT")
+    command.add_argument("out", metavar="OUT", help="OUT.pt or OUT.safetensors")
     args = parser.parse_args()
+    if args.command == "export":
+        if Path(args.out).suffix not in (".pt", ".safetensors"):
+            parser.error("OUT ends in .pt or .safetensors")
+        export(args.ckpt, args.out)
+        return
     rows = []
     for preset, overrides, paper in TABLE:
         with torch.device("meta"):          # shapes only, no memory
@@ -746,4 +961,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (WeightsError, ConfigError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -11,13 +11,14 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import unittest
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -103,6 +104,18 @@ def plain_conv_bn_relu(x, layers):
     return (x * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
 
 
+def plain_conv1d_bn_relu(x, layers):
+    """The same in one dimension: (B, C, L)."""
+    conv, norm = layers[0], layers[1]
+    size, length = conv.weight.shape[-1], x.shape[-1]
+    padded = nn.functional.pad(x, [size // 2] * 2)
+    x = sum(torch.einsum("bcl,dc->bdl", padded[..., i:i + length], conv.weight[..., i])
+            for i in range(size)) + conv.bias[:, None]
+    x = x - x.mean((0, 2), keepdim=True)
+    x = x / torch.sqrt((x ** 2).mean((0, 2), keepdim=True) + norm.eps)
+    return (x * norm.weight[:, None] + norm.bias[:, None]).clamp(min=0)
+
+
 def plain_linear(x, layer):
     return torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias
 
@@ -182,6 +195,20 @@ class Equations(unittest.TestCase):
     def test_text_adapter_starts_as_the_identity(self):
         x = torch.randn(2, 5, 20)
         self.assertTrue(torch.equal(adapters.TextAdapter(20, 8)(x), x))
+
+    def test_dense_text_adapter(self):
+        adapter = shake(adapters.DenseTextAdapter(20, 32))
+        x = torch.randn(2, 6, 20).double()
+        f = plain_linear(x, adapter.down).clamp(min=0)
+        words, dense = f[:, 1:].transpose(1, 2), adapter.dense
+        f1 = plain_conv1d_bn_relu(words, dense.branch1)
+        f2 = plain_conv1d_bn_relu(plain_conv1d_bn_relu(
+            torch.cat([words, f1], 1), dense.branch2[0]), dense.branch2[1])
+        f3 = plain_conv1d_bn_relu(plain_conv1d_bn_relu(
+            torch.cat([words, f1, f2], 1), dense.branch3[0]), dense.branch3[1])
+        branches = (torch.cat([f1, f2, f3], 1) + words).transpose(1, 2) + f[:, 1:]
+        hidden = torch.cat([2 * f[:, :1], branches], 1)
+        self.same(adapter(x), x + 0.2 * plain_linear(hidden, adapter.up))
 
     def test_neck_equation_4(self):
         for residual in (True, False):
@@ -627,6 +654,7 @@ class Counts(unittest.TestCase):
                              63_428_097)
             self.assertEqual(parameters(adapters.DenseCrossAdapter(768, 128, 512, 0.1)), 382_896)
             self.assertEqual(parameters(adapters.TextAdapter(512, 64)), 66_112)
+            self.assertEqual(parameters(adapters.DenseTextAdapter(512, 64)), 69_720)
             for name, tuned in (("snf", 184_416), ("barleria-local", 390_656),
                                 ("barleria", 2_206_096)):
                 sizes = model.count(model.build(name))
@@ -1004,6 +1032,187 @@ class Towers(unittest.TestCase):
         self.assertFalse((place / "harmed").exists())
 
 
+def hugging_face(state):
+    """A state in the publishers' names under Hugging Face's: DINOv2's, or CLIP's with both."""
+    out = {}
+    for name, tensor in state.items():
+        dino = "cls_token" in state
+        vision = name.startswith("visual.")
+        if not dino:
+            name = name.removeprefix("visual.")
+        for ours, theirs in {
+                "cls_token": "embeddings.cls_token", "mask_token": "embeddings.mask_token",
+                "register_tokens": "embeddings.register_tokens",
+                "pos_embed": "embeddings.position_embeddings",
+                "patch_embed.proj": "embeddings.patch_embeddings.projection",
+                "norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias",
+                "class_embedding": "embeddings.class_embedding",
+                "positional_embedding": "embeddings.position_embedding.weight",
+                "conv1": "embeddings.patch_embedding",
+                "token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm",
+                "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm",
+                "text_projection": "text_projection.weight",
+                "proj": "visual_projection.weight"}.items():
+            if name == ours or name.startswith(ours + ".") and "blocks" not in name:
+                name = theirs + name[len(ours):]
+                if "projection.weight" in name and not dino:
+                    tensor = tensor.T.contiguous()
+                break
+        for ours, theirs in {
+                "transformer.resblocks.": "encoder.layers.", "blocks.": "encoder.layer.",
+                ".ls1.gamma": ".layer_scale1.lambda1", ".ls2.gamma": ".layer_scale2.lambda1",
+                ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".mlp.c_fc.": ".mlp.fc1.",
+                ".mlp.c_proj.": ".mlp.fc2.", ".attn.out_proj.": ".self_attn.out_proj.",
+                ".attn.proj.": ".attention.output.dense.", ".attn.in_proj_": ".self_attn.qkv.",
+                ".attn.qkv.": ".attention.attention.qkv."}.items():
+            name = name.replace(ours, theirs)
+        if not dino and name != "logit_scale" and "_projection." not in name:
+            name = ("vision_model." if vision else "text_model.") + name
+        words = ("query", "key", "value") if dino else ("q_proj", "k_proj", "v_proj")
+        if ".qkv." in name:
+            out |= {name.replace("qkv", word): part.clone()
+                    for word, part in zip(words, tensor.chunk(3))}
+        else:
+            out[name] = tensor
+    return out
+
+
+class HuggingFace(unittest.TestCase):
+    """Their layouts give the towers that the publishers' files give."""
+
+    def test_folders_and_files(self):
+        for state, towers in ((dinov2_state(), [backbones.load_vision]),
+                              (clip_state(), [backbones.load_vision, backbones.load_text])):
+            place = folder(self)
+            torch.save(state, place / "own.pt")
+            theirs = hugging_face(state)
+            if len(towers) == 2:
+                for kind in ("vision", "text"):
+                    theirs[f"{kind}_model.embeddings.position_ids"] = torch.arange(7)[None]
+            torch.save(theirs, place / "pytorch_model.bin")
+            for read in towers:
+                expected = read(place / "own.pt")
+                for path in (place, place / "pytorch_model.bin"):
+                    tower = read(path)
+                    self.assertEqual(tower.shape, expected.shape)
+                    for name, tensor in expected.state_dict().items():
+                        self.assertTrue(torch.equal(tower.state_dict()[name], tensor), name)
+            name = next(name for name in theirs if "key.bias" in name or "k_proj.bias" in name)
+            for change, message in (
+                    (lambda s: s.pop(name), f"tensor {name} is missing"),
+                    (lambda s: s.update({name: torch.zeros(3)}), "companions are misshapen"),
+                    (lambda s: s.update(extra=torch.zeros(3)), "extra")):
+                broken = dict(theirs)
+                change(broken)
+                torch.save(broken, place / "pytorch_model.bin")
+                if message == "extra" and len(towers) == 2:
+                    continue                # belongs to neither tower
+                reads = towers if "vision" not in name else towers[:1]
+                with self.assertRaisesRegex(backbones.WeightsError, message):
+                    for read in reads:
+                        read(place)
+        with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
+            backbones.load_vision(folder(self))
+
+    def test_safetensors(self):
+        place = folder(self)
+        (place / "model.safetensors").write_bytes(b"12345678{}")
+        try:
+            import safetensors.torch
+        except ImportError:
+            with self.assertRaisesRegex(backbones.WeightsError, "pip install safetensors"):
+                backbones.load_vision(place)
+            return
+        with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
+            backbones.load_vision(place)
+        state = dinov2_state()
+        safetensors.torch.save_file(hugging_face(state), place / "model.safetensors")
+        tower = backbones.load_vision(place)
+        self.assertTrue(torch.equal(tower.class_token, state["cls_token"]))
+
+    def test_old_positions(self):
+        """DINOv2's first release: cubic (a = -0.75), by the ratio of rows + 0.1 to those stored."""
+        def cubic(distance, a=-0.75):
+            d = abs(distance)
+            if d <= 1:
+                return (a + 2) * d ** 3 - (a + 3) * d ** 2 + 1
+            return a * d ** 3 - 5 * a * d ** 2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+        tower = backbones.ViT(backbones.VisionShape(14, 64, 1, 1, grid=25, registers=4))
+        values = torch.randn(25)
+        with torch.no_grad():                           # alike along the columns
+            tower.position[0, 1:] = values[:, None].expand(25, 25).flatten()[:, None]
+        tower.old_positions = True
+        for rows in (20, 35):
+            found = tower.positions((rows, rows))[0, 1:, 0].unflatten(0, (rows, rows))[:, 0]
+            for i in range(rows):
+                at = (i + 0.5) * 25 / (rows + 0.1) - 0.5
+                expected = sum(float(values[min(max(j, 0), 24)]) * cubic(at - j)
+                               for j in range(math.floor(at) - 1, math.floor(at) + 3))
+                self.assertAlmostEqual(float(found[i].detach()), expected, places=4)
+
+
+class Download(unittest.TestCase):
+    def setUp(self):
+        self.place = folder(self)
+        self.content = bytes(range(256)) * 9000         # 2.3 MB
+        (self.place / "there.bin").write_bytes(self.content)
+        self.at = (self.place / "there.bin").as_uri()
+        self.digest = backbones.sha256(self.place / "there.bin")
+
+    def fetch(self, digest=None, address=None):
+        published = backbones.Published("file.bin", address or self.at, digest)
+        with mock.patch.dict(backbones.PUBLISHED, thing=published), \
+                contextlib.redirect_stderr(io.StringIO()):
+            return backbones.download("thing", self.place / "pretrained")
+
+    def files(self):
+        return {p.name: p.stat().st_size for p in (self.place / "pretrained").iterdir()}
+
+    def test_whole_and_resumed(self):
+        self.assertEqual(Path(self.fetch(self.digest)).read_bytes(), self.content)
+        self.assertEqual(self.files(), {"file.bin": len(self.content)})
+        self.fetch(self.digest)                         # is there: nothing to do
+        target = self.place / "pretrained" / "file.bin"
+        for have in (0, 1, 1_500_000, len(self.content)):
+            target.unlink()
+            target.with_name("file.bin.part").write_bytes(self.content[:have])
+            self.fetch(self.digest)
+            self.assertEqual(target.read_bytes(), self.content, have)
+
+    def test_a_cut_connection_leaves_the_part_and_no_file(self):
+        whole, sent = len(self.content), self.content[:1_000_000]
+
+        class Cut(io.BytesIO):
+            headers = {"Content-Length": str(whole)}
+            status = 200
+
+        with mock.patch("urllib.request.urlopen", lambda *_, **__: Cut(sent)):
+            with self.assertRaisesRegex(OSError, "cut off after 1,000,000 of 2,304,000 bytes"):
+                self.fetch(self.digest)
+        self.assertEqual(self.files(), {"file.bin.part": 1_000_000})
+        asked = []
+
+        class Rest(io.BytesIO):
+            headers = {"Content-Length": str(whole - 1_000_000)}
+            status = 206
+
+        def rest(request, timeout):
+            asked.append(request.get_header("Range"))
+            return Rest(self.content[1_000_000:])
+
+        with mock.patch("urllib.request.urlopen", rest):
+            self.assertEqual(Path(self.fetch(self.digest)).read_bytes(), self.content)
+        self.assertEqual(asked, ["bytes=1000000-"])
+
+    def test_another_file_never_gets_the_name(self):
+        with self.assertRaisesRegex(backbones.WeightsError, "not the published file.*remove"):
+            self.fetch("0" * 64)
+        self.assertEqual(list(self.files()), ["file.bin.part"])
+        with self.assertRaisesRegex(OSError, "no/where"):
+            self.fetch(address=(self.place / "no" / "where").as_uri())
+
+
 class Harm:
     """An object whose unpickling makes a folder."""
 
@@ -1130,7 +1339,9 @@ class Methods(unittest.TestCase):
             moved = sum(not torch.equal(a, b) for a, b in zip(before, tuned))
             # Below an up-projection that starts at zero nothing moves in the first step.
             blocks = len(net.vision.blocks) + len(net.text.blocks)
-            still = {"dcris": 2 * len(config.text_adapter_layers), "houlsby": 2 * blocks,
+            below = len(dict(net.text_adapters["1"].named_parameters())) - 2 if (
+                config.method == "dcris") else 0
+            still = {"dcris": below * len(config.text_adapter_layers), "houlsby": 2 * blocks,
                      "compacter": 2 * blocks + 1, "lora": 4 * 12 + 2 * 12}.get(config.method, 0)
             self.assertEqual(moved, len(tuned) - still, name)
 
@@ -1184,6 +1395,112 @@ class Checkpoints(unittest.TestCase):
             (place / "v.pth").unlink()
             with self.assertRaisesRegex(FileNotFoundError, "http://v"):
                 model.load(place / "a.pt")
+
+    def released(self, kind):
+        """A small model, and its tensors under the names of the authors' programs."""
+        shapes = {"v": backbones.VisionShape(14, 128, 6, 2, grid=5, registers=4),
+                  "c": backbones.VisionShape(16, 128, 6, 2, grid=3, embed=64, form="clip")}
+        text = backbones.TextShape(64, 6, 1, 64, 300, 77)
+        for patch in (mock.patch.dict(backbones.VISION, shapes),
+                      mock.patch.dict(backbones.TEXT, t=text)):
+            patch.start()
+            self.addCleanup(patch.stop)
+        common = {"text": "t", "head_width": 64, "head_layers": 2}
+        if kind == "detris":
+            net = model.build(
+                "detris-b", vision="v", visual_adapter_layers=(1, 3), visual_adapter_rank=32,
+                text_adapter_layers=(1, 2, 5), text_adapter_rank=16, features=(2, 4), **common)
+            names, prefixes = backbones.DINOV2_NAMES, ("dinov2.", "txt_backbone.")
+        else:
+            net = model.build("etris", vision="c", bridge_width=16, features=(1, 3), **common)
+            names, prefixes = backbones.CLIP_VISION_NAMES, ("backbone.", "backbone.")
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            if tensor.is_floating_point() and (not tensor.any() or "running" in name):
+                nn.init.uniform_(tensor.data, 0.1, 0.9)
+        state = {"txt_backbone.visual.proj": torch.zeros(3, 3)} if kind == "detris" else {}
+        for name, tensor in net.vision.state_dict().items():
+            if kind == "etris":
+                tensor = (tensor[0, 0] if name == "class_token" else
+                          tensor[0] if name == "position" else
+                          tensor.T if name == "projection.weight" else tensor)
+            state[prefixes[0] + backbones.renamed(name, names)] = tensor
+        for name, tensor in net.text.state_dict().items():
+            state[prefixes[1] + backbones.renamed(name, backbones.CLIP_TEXT_NAMES)] = tensor
+        for name, tensor in net.state_dict().items():
+            if name.startswith(("vision.", "text.")):
+                continue
+            theirs = backbones.renamed(name, model.RELEASED_NAMES)
+            if name.startswith("bridges") and tensor.ndim == 3:
+                last, down = theirs.split(".")[2] == "2", "zoom_in" in theirs
+                tensor = tensor[..., None] if last != down else tensor[..., None].transpose(0, 1)
+            if ".value." in theirs:                     # they have queries and keys, too
+                theirs = theirs.replace("value.", "in_proj_")
+                tensor = torch.cat([torch.randn(2 * len(tensor), *tensor.shape[1:]), tensor])
+            state[theirs] = tensor
+        return net.eval(), {f"module.{name}": tensor.contiguous()
+                            for name, tensor in state.items()}
+
+    def test_released_checkpoints(self):
+        place = folder(self)
+        for kind, some in (
+                ("detris", ["dinov2.blocks.3.adapter.dense_branch2.1.bn.running_var",
+                            "dinov2.blocks.1.adapter.dense_branch1.conv.weight",
+                            "dinov2.blocks.1.adapter.cross.multihead_attn.in_proj_weight",
+                            "txt_backbone.transformer.resblocks.5.adapter.D_fc2.bias",
+                            "decoder.layers.1.ffn.4.weight", "proj.vis.3.1.weight"]),
+                ("etris", ["bridger.zoom_out.2.0.weight", "bridger.ln_t.1.weight",
+                           "bridger.fusion_t.0.multihead_attn.out_proj.weight",
+                           "backbone.visual.positional_embedding", "neck.f5_proj.1.running_mean",
+                           "neck.coordconv.0.conv1.0.weight", "neck.aggr.1.bias"])):
+            net, state = self.released(kind)
+            torch.save({"epoch": 40, "best_iou": 0.7, "state_dict": state}, place / "a.pth")
+            again = model.load(place / "a.pth")
+            ours, theirs = asdict(net.config), asdict(again.config)
+            self.assertEqual({k: v for k, v in ours.items() if k not in ("vision", "text")},
+                             {k: v for k, v in theirs.items() if k not in ("vision", "text")})
+            images = torch.randn(1, 3, ours["image_size"], ours["image_size"])
+            tokens = torch.tensor([[298, 5, 6, 299] + 13 * [0]])
+            with torch.inference_mode():
+                self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
+            for name in some:
+                name = f"module.{name}"
+                for change, message in (
+                        (lambda s: s.pop(name), "missing"),
+                        (lambda s: s.update({name + "x": s.pop(name)}), "missing"),
+                        (lambda s: s.update({name: torch.zeros(3, 2)}), "misshapen")):
+                    broken = dict(state)
+                    change(broken)
+                    torch.save({"state_dict": broken}, place / "b.pth")
+                    short = name.split("backbone.")[-1].removeprefix("module.")
+                    with self.subTest(name), self.assertRaisesRegex(
+                            backbones.WeightsError, re.escape(short)):
+                        model.load(place / "b.pth")
+
+    def test_export(self):
+        place = folder(self)
+        net = model.build("shapes").eval()
+        model.save(place / "a.pt", net, run={"dataset": "shapes"}, vocabulary={"text": "a b"},
+                   optimizer={"state": torch.zeros(1000)})
+        outs = ["b.pt"]
+        try:
+            import safetensors      # noqa: F401
+            outs.append("c.safetensors")
+        except ImportError:
+            status, _, err = program(model, "export", place / "a.pt", place / "c.safetensors")
+            self.assertEqual(status, 2)
+            self.assertIn("pip install safetensors", err)
+        images, tokens = torch.randn(1, 3, 64, 64), torch.randint(1, 500, (1, 17))
+        for out in outs:
+            status, _, err = program(model, "export", place / "a.pt", place / out)
+            self.assertEqual(status, 0, err)
+            again = model.load(place / out)
+            self.assertEqual(again.config, net.config)
+            for name, tensor in net.state_dict().items():
+                self.assertTrue(torch.equal(again.state_dict()[name], tensor), name)
+            self.assertTrue(torch.allclose(again(images, tokens), net(images, tokens), atol=1e-5))
+            held = model.read_checkpoint(place / out)
+            self.assertEqual(held["vocabulary"], {"text": "a b"})
+            self.assertNotIn("optimizer", held)
 
     def test_bad_checkpoints_are_refused(self):
         place = folder(self)
