@@ -330,8 +330,11 @@ def evaluate_all(args, rank, world, device, dtype):
             args.split or data.held_out_splits(args.data, name, args.skip_broken))
         for place, split in enumerate(splits):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
-            dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
-                                         net.config.length, args.skip_broken)
+            # Released checkpoints do not say how many tokens they read: as usual for the data.
+            length = net.config.length if facts["dataset"] else data.LENGTHS.get(
+                name, net.config.length)
+            dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size, length,
+                                         args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
                              world, f"{name} {split}")
             results.setdefault(str(path), {})[split] = metrics(table)
