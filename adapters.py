@@ -19,22 +19,25 @@ import torch.nn.functional as F
 SCALE = 0.2         # of an adapter's output, as in the authors' program
 
 
-class TextAdapter(nn.Module):
-    """DCRIS Eq. 3, on the MLP's shortcut of a text block: Down - ReLU - Up.
+class BottleneckAdapter(nn.Module):
+    """x + scale * Up(ReLU(Down(x))), (B, N, width); starts as the identity: Up's weight is zero.
 
-    Maps the residual stream (B, L, width) to itself plus 0.2 times the adapter's output. Starts as
-    the identity: the up-projection is zero.
+    DCRIS Eq. 3 on the MLP's shortcut of a text block, with a scale of 0.2. And Houlsby et al.
+    (2019), with a scale of 1, behind the MLP of a block, in front of its LayerScale and skip
+    connection. That paper has a second one behind the attention and trains the LayerNorms, too; the
+    1.98 million of DCRIS Table 2 are met by one.
     """
 
-    def __init__(self, width, rank):
+    def __init__(self, width, rank, scale):
         super().__init__()
+        self.scale = scale
         self.down = nn.Linear(width, rank)
         self.up = nn.Linear(rank, width)
         kaiming(self)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x):
-        return x + SCALE * self.up(self.down(x).relu())
+        return x + self.scale * self.up(self.down(x).relu())
 
 
 def conv_bn_relu(channels, out_channels, kernel, dims):
@@ -72,8 +75,8 @@ class DenseConvolutions(nn.Module):
 class DenseTextAdapter(nn.Module):
     """The text adapter of DETRIS, the DCRIS authors' later program: convolutions over the words.
 
-    Like `TextAdapter`, with the branches of Eq. 1 in one dimension between Down and Up, and the
-    residual of Eq. 2. The first token skips the branches. `rank` must be a multiple of 16.
+    Like `BottleneckAdapter`, with the branches of Eq. 1 in one dimension between Down and Up, and
+    the residual of Eq. 2. The first token skips the branches. `rank` must be a multiple of 16.
     """
 
     def __init__(self, width, rank):
@@ -362,25 +365,6 @@ class Bridge(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Tuners of one tower at a time
 # ---------------------------------------------------------------------------------------------
-
-class HoulsbyAdapter(nn.Module):
-    """Houlsby et al. (2019), behind a block's MLP: x + Up(ReLU(Down(x))), (B, N, width).
-
-    One a block, in front of its LayerScale and skip connection. That paper has a second one behind
-    the attention and trains the LayerNorms, too; the 1.98 million of DCRIS Table 2 are met by one.
-    Starts as the identity: the up-projection is zero.
-    """
-
-    def __init__(self, width, rank):
-        super().__init__()
-        self.down = nn.Linear(width, rank)
-        self.up = nn.Linear(rank, width)
-        kaiming(self)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return x + self.up(self.down(x).relu())
-
 
 class KroneckerFactors(nn.Module):
     """The small matrices A_i, (n, n, n), that all of a model's Compacter adapters share."""

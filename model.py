@@ -22,9 +22,9 @@ import torch
 import torch.nn as nn
 
 import backbones
-from adapters import (Bridge, CompacterAdapter, DenseCrossAdapter, GlobalShortcutTuning,
-                      HoulsbyAdapter, Intertwiner, KroneckerFactors, LoRA, NormalizingFlow,
-                      TextAdapter, DenseTextAdapter, global_prior)
+from adapters import (SCALE, BottleneckAdapter, Bridge, CompacterAdapter, DenseCrossAdapter,
+                      DenseTextAdapter, GlobalShortcutTuning, Intertwiner, KroneckerFactors, LoRA,
+                      NormalizingFlow, global_prior)
 from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
 from head import Head
 from loss import text_to_pixel_loss     # noqa: F401, the loss that every model here is trained with
@@ -190,7 +190,8 @@ class DCRIS(nn.Module):
     def __init__(self, config, vision, text):
         super().__init__()
         self.config, self.vision, self.text = config, vision, text
-        adapter = DenseTextAdapter if config.text_convolutions else TextAdapter
+        adapter = DenseTextAdapter if config.text_convolutions else partial(
+            BottleneckAdapter, scale=SCALE)
         self.text_adapters = nn.ModuleDict({
             str(i): adapter(text.shape.width, config.text_adapter_rank)
             for i in config.text_adapter_layers})
@@ -431,7 +432,7 @@ class UniModal(nn.Module):
             backbones.unfreeze(vision)
             backbones.unfreeze(text)
         elif config.method == "houlsby":
-            behind_mlps(vision, text, lambda width: HoulsbyAdapter(width, rank))
+            behind_mlps(vision, text, lambda width: BottleneckAdapter(width, rank, scale=1))
         elif config.method == "compacter":
             self.factors = KroneckerFactors()
             behind_mlps(vision, text, lambda width: CompacterAdapter(width, rank, self.factors))
@@ -573,14 +574,20 @@ def assemble(config, vision_weights=None, text_weights=None, init=None):
                                    for name, tensor in init[1]["tensors"].items()
                                    if name.startswith(f"{kind}.")}, init[0])
         towers[kind] = freeze(tower)
-    towers["vision"].old_positions = config.old_positions
-    model = METHODS[config.method](config, **towers)
-    for tower in towers.values():
+    model = wire(config, **towers)
+    model.sources = sources
+    return model
+
+
+def wire(config, vision, text):
+    """The model of a Config on two frozen towers, of which is freed what is to learn."""
+    vision.old_positions = config.old_positions
+    model = METHODS[config.method](config, vision, text)
+    for tower in (vision, text):
         if config.train_towers:
             backbones.unfreeze(tower)
         if config.train_positions and backbones.from_clip(tower):
             tower.position.requires_grad_(True)
-    model.sources = sources
     return model
 
 
@@ -847,13 +854,9 @@ def restore_released(path, state):
         check(config)
     except ConfigError as error:
         raise WeightsError(f"{path}: no model can be made of it: {error}") from None
-    vision.old_positions = config.old_positions
-    net = METHODS[config.method](config, vision, text)
+    net = wire(config, vision, text)
     net.sources = {kind: {"file": PUBLISHED[name].file if name in PUBLISHED else "", "sha256": None}
                    for kind, name in (("vision", config.vision), ("text", config.text))}
-    if config.train_positions:
-        for tower in (vision, text):
-            tower.position.requires_grad_(True)
     own = {name: tensor for name, tensor in net.state_dict().items()
            if not name.startswith(("vision.", "text."))}
     rest = {name: tensor for name, tensor in state.items()

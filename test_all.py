@@ -187,14 +187,14 @@ class Equations(unittest.TestCase):
         self.same(adapter(x, words, (4, 5)), 0.2 * plain_linear(f_cross, adapter.up))
 
     def test_text_adapter_equation_3(self):
-        adapter = shake(adapters.TextAdapter(20, 8))
+        adapter = shake(adapters.BottleneckAdapter(20, 8, 0.2))
         x = torch.randn(2, 5, 20).double()
         f_w = plain_linear(plain_linear(x, adapter.down).clamp(min=0), adapter.up)
         self.same(adapter(x), x + 0.2 * f_w)
 
     def test_text_adapter_starts_as_the_identity(self):
         x = torch.randn(2, 5, 20)
-        self.assertTrue(torch.equal(adapters.TextAdapter(20, 8)(x), x))
+        self.assertTrue(torch.equal(adapters.BottleneckAdapter(20, 8, 0.2)(x), x))
 
     def test_dense_text_adapter(self):
         adapter = shake(adapters.DenseTextAdapter(20, 32))
@@ -589,7 +589,7 @@ class Tuners(unittest.TestCase):
         self.assertEqual(owners, ["factors.a"])
 
     def test_adapters_by_hand(self):
-        adapter = shake(adapters.HoulsbyAdapter(12, 8))
+        adapter = shake(adapters.BottleneckAdapter(12, 8, 1))
         x = torch.randn(2, 3, 12).double()
         self.same(adapter(x), x + plain_linear(plain_linear(x, adapter.down).clamp(min=0),
                                                adapter.up))
@@ -653,7 +653,7 @@ class Counts(unittest.TestCase):
             self.assertEqual(parameters(backbones.TextTransformer(backbones.TEXT["clip-b"])),
                              63_428_097)
             self.assertEqual(parameters(adapters.DenseCrossAdapter(768, 128, 512, 0.1)), 382_896)
-            self.assertEqual(parameters(adapters.TextAdapter(512, 64)), 66_112)
+            self.assertEqual(parameters(adapters.BottleneckAdapter(512, 64, 0.2)), 66_112)
             self.assertEqual(parameters(adapters.DenseTextAdapter(512, 64)), 69_720)
             for name, tuned in (("snf", 184_416), ("barleria-local", 390_656),
                                 ("barleria", 2_206_096)):

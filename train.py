@@ -249,7 +249,7 @@ def load_data(args, config, init, rank):
 def load_init(path):
     """(path, checkpoint) of a run that trained its own towers, so that it holds them."""
     checkpoint = model.read_checkpoint(path)
-    if any(checkpoint["towers"].values()) or "text" not in checkpoint["vocabulary"]:
+    if "text" not in checkpoint["vocabulary"] or any(checkpoint["towers"].values()):
         raise model.ConfigError(f"{path}: no run on drawn data; --init takes the towers of one, "
                                 f"and its vocabulary")
     method = checkpoint["config"].get("method")
