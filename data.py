@@ -29,7 +29,7 @@ import numpy as np
 import pycocotools.mask
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -203,31 +203,54 @@ def read_photo(path):
         raise DataError(f"{path}: broken image ({error})") from None
 
 
-def letterbox_box(width, height, size):
-    """Where a photo lies in its letterbox: left, top, width, height."""
+def letterbox_place(width, height, size):
+    """How a photo lies in its letterbox: scale, left, top.
+
+    Pixel (x, y) of the photo is at (left + scale * x, top + scale * y) of the square, in fractions
+    of a pixel, both counted between the pixels' centres, as in the authors' programs.
+    """
     scale = size / max(width, height)
-    inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
-    return (size - inner_width) // 2, (size - inner_height) // 2, inner_width, inner_height
+    return scale, (size - scale * width) / 2, (size - scale * height) / 2
 
 
 def letterbox(image, size):
     """A photo or mask, longer side resized to `size`, centred on a square.
 
-    The borders of a photo (mode RGB) are the mean colour, of a mask (mode L) zero.
+    The borders of a photo (mode RGB) are the mean colour, of a mask (mode L) zero. What would be
+    thinner than a pixel is all border.
     """
-    left, top, width, height = letterbox_box(*image.size, size)
-    photo = image.mode == "RGB"
-    square = Image.new(image.mode, (size, size), MEAN_COLOUR if photo else 0)
-    resample = Image.Resampling.BICUBIC if photo else Image.Resampling.BILINEAR
-    square.paste(image.resize((width, height), resample), (left, top))
+    scale, *corner = letterbox_place(*image.size, size)
+    colour, resample = ((MEAN_COLOUR, Image.Resampling.BICUBIC) if image.mode == "RGB" else
+                        (0, Image.Resampling.BILINEAR))
+    square = Image.new(image.mode, (size, size), colour)
+    # Pixels of the square from `first` to `last` have their centres on the photo. Half a pixel
+    # beyond these lies the box of the photo that they show, perhaps a little outside of it.
+    first = [max(0, math.ceil(at - scale / 2)) for at in corner]
+    last = [min(size - 1, math.floor(at + scale * (side - 0.5)))
+            for at, side in zip(corner, image.size)]
+    if scale * min(image.size) >= 1:
+        margin = math.ceil(0.5 / scale)
+        box = [(edge - at) / scale + 0.5 + margin for edge, at in
+               zip([*(u - 0.5 for u in first), *(u + 0.5 for u in last)], corner * 2)]
+        shown = ImageOps.expand(image, margin, colour).resize(
+            [b - a + 1 for a, b in zip(first, last)], resample, box)
+        square.paste(shown, first)
     return square
 
 
 def unletterbox(square, width, height):
-    """A square map (S, S) back at the photo's own size (height, width): borders off, bicubic."""
-    left, top, inner_width, inner_height = letterbox_box(width, height, square.shape[-1])
-    inner = square[top:top + inner_height, left:left + inner_width]
-    return F.interpolate(inner[None, None].float(), (height, width), mode="bicubic")[0, 0]
+    """A square map (S, S) back at the photo's own size (height, width), bicubic, 0 outside.
+
+    The authors' cv2.warpAffine(square, inverse, (width, height), flags=INTER_CUBIC), in PyTorch.
+    """
+    size = square.shape[-1]
+    scale, left, top = letterbox_place(width, height, size)
+    x = left + scale * torch.arange(width, device=square.device)
+    y = top + scale * torch.arange(height, device=square.device)
+    # grid_sample counts from -1, the first pixel's centre, to 1, the last one's.
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) * 2 / (size - 1) - 1  # (h, w, 2)
+    return F.grid_sample(square[None, None].float(), places[None], mode="bicubic",
+                         padding_mode="zeros", align_corners=True)[0, 0]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,6 +9,23 @@ All figures are percentages. IoU is taken per expression, at the photo's own siz
 over expressions, which CRIS, ETRIS, BarLeRIa and DCRIS print as "IoU"; oIoU is the sum of all
 intersections over the sum of all unions, which LAVT and later papers print. P@0.5 is the share of
 expressions whose IoU is above 0.5. They differ by several points: compare like with like.
+
+From logits to figures, step by step as in the released programs of CRIS, ETRIS and DETRIS:
+
+1. sigmoid, in single precision;
+2. bicubic interpolation from the logits' side s to the photo's side S, corner on corner
+   (align_corners=True). Pixel i of the logits comes to i * (S - 1) / (s - 1), while in training it
+   answered for i * S / s (`loss`), so a mask drifts by up to a pixel of the logits towards the
+   lower right. Kept, as every published figure contains it;
+3. bicubic interpolation from the square to the photo (`data.unletterbox`). They call
+   cv2.warpAffine, which rounds places to 1/32 pixel; we do not round: a single IoU differs by 0.02
+   points at most, the mean over 300 drawn masks by less than 0.001;
+4. a pixel above 0.35 belongs to the mask;
+5. intersection and union with the annotation at the photo's own size. They add 1e-6 to the union,
+   and read the annotation from a PNG that was made of the same polygons beforehand.
+
+What differs comes before the logits: the photo is made smaller with a filter as wide as the step
+(PIL), theirs (cv2.warpAffine) takes four pixels however many lie between. The places are the same.
 """
 
 import argparse
@@ -43,7 +60,7 @@ def probabilities(net, images, tokens, device, dtype):
     with torch.inference_mode(), autocast(device, dtype):
         logits = net(data.normalise(images.to(device)), tokens.to(device))
     return torch.nn.functional.interpolate(
-        logits.float().sigmoid(), images.shape[-2:], mode="bicubic")[:, 0]
+        logits.float().sigmoid(), images.shape[-2:], mode="bicubic", align_corners=True)[:, 0]
 
 
 def collate(samples):

@@ -20,8 +20,8 @@ def text_to_pixel_loss(logits, masks):
     both sides in proportion.
 
     logits: (B, 1, h, w). masks: (B, 1, H, W) in [0, 1], resized to (h, w) by nearest neighbour as
-    in the authors' programs: each logit answers for the upper left pixel of its cell, up to half a
-    cell from where evaluation puts it. Returns a scalar, double for double logits, else single.
+    in the authors' programs: each logit answers for the upper left pixel of its cell. Returns a
+    scalar, double for double logits, else single.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()
