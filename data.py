@@ -527,8 +527,8 @@ class TrainSet(Dataset):
     """One sample per ref, in one of its expressions.
 
     `dataset[epoch, index]` depends on seed, epoch and index alone: a dictionary of image, uint8
-    (3, S, S); tokens, int64 (L,); mask, uint8 (1, S, S), 0 to 255. With `skip_broken` a ref whose
-    photo or mask is broken gives way to the next one, and `skipped` counts it.
+    (3, S, S); tokens, int64 (L,); mask, uint8 (1, S, S), 0 to 255; ref, its id. With `skip_broken`
+    a ref whose photo or mask is broken gives way to the next one, and `skipped` counts it.
     """
 
     def __init__(self, refs, tokenizer, image_size, length, seed=0, skip_broken=False):
@@ -553,7 +553,8 @@ class TrainSet(Dataset):
         sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
         return {"image": to_tensor(letterbox(photo, self.image_size)),
                 "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": to_tensor(letterbox(mask, self.image_size)), "skipped": skipped}
+                "mask": to_tensor(letterbox(mask, self.image_size)), "ref": str(ref.id),
+                "skipped": skipped}
 
 
 class ExpressionSet(Dataset):

@@ -33,7 +33,10 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import sys
+import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -231,27 +234,84 @@ def check_outputs(pictures, others, photo=None):
 # Processes, devices, errors: shared with train.py
 # ---------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """Whose errors are told as all others are (`run`)."""
+
+    def error(self, message):
+        raise data.DataError(f"{message}; --help lists what there is")
+
+
 @contextlib.contextmanager
 def processes():
     """Joins torchrun's processes, if it started us; yields rank, world size and device.
 
     The device comes from the local rank, so several machines work; NCCL on GPUs, gloo on CPUs.
+    Where one process fails, all end: the first to fail says why, the others wait until it has.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world == 1:
+        yield 0, 1, device
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    # A restart by torchrun shall not meet the addresses that the last attempt left in the store.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world)
     try:
         yield rank, world, device
-        if world > 1:
-            dist.barrier()              # nobody leaves before the first process has saved all
-    finally:
-        if world > 1:
-            gc.collect()                # DistributedDataParallel, whose threads must end first
-            dist.destroy_process_group()
+        dist.barrier()                  # nobody leaves before the first process has saved all
+    except BaseException as error:
+        status = told_once(error, store)
+        sys.stdout.flush()
+        os._exit(status)                # an orderly leave would wait for the others
+    gc.collect()                        # DistributedDataParallel, whose threads must end first
+    dist.destroy_process_group()
+
+
+def told_once(error, store):
+    """`tell` in the first of all processes that comes here; the exit status."""
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return status_of(error)
+    try:
+        if store.add("failures", 1) > 1:
+            store.wait(["told"], timedelta(seconds=10))
+            return status_of(error)
+    except RuntimeError:                # the store has gone with the process that kept it
+        pass
+    status = tell(error)
+    with contextlib.suppress(RuntimeError):
+        store.set("told", "yes")
+    return status
+
+
+def status_of(error):
+    """The exit status: 2 for bad input, 128 and the signal for one, 1 for all else."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, EXPECTED) else 1
+
+
+EXPECTED = (model.WeightsError, model.ConfigError, data.DataError, OSError)
+
+
+def tell(error):
+    """Says on stderr what went wrong, in a line where that is enough. Returns the exit status."""
+    name = Path(sys.argv[0]).name
+    if isinstance(error, EXPECTED):
+        # An error from a loader's worker brings the worker's traceback: its last line is the error.
+        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        print(f"{name}: {line}", file=sys.stderr)
+    elif isinstance(error, dist.DistError) or "gloo" in str(error):
+        print(f"{name}: lost another process, which ended without a word (killed?)",
+              file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    return status_of(error)
 
 
 def precision_type(precision, device):
@@ -272,16 +332,14 @@ def autocast(device, dtype):
 
 
 def run(main):
-    """Runs a program; bad input becomes one line and exit status 2."""
+    """Runs a program; bad input becomes one line and exit status 2, SIGTERM status 143."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except (model.WeightsError, model.ConfigError, data.DataError, OSError) as error:
-        # An error from a loader's worker brings the worker's traceback: its last line is the error.
-        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(status_of(error))
+    except Exception as error:
+        sys.exit(tell(error))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -397,8 +455,8 @@ def add_shared_arguments(parser):
                         help="leave out broken photos and entries, and count them")
 
 
-def main():
-    parser = argparse.ArgumentParser(
+def parse_arguments():
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--dataset", metavar="NAME",
@@ -423,7 +481,12 @@ def main():
     outputs = [Path(path) for path in (args.panel, args.output) if path is not None]
     check_outputs([*outputs, *([mask_path(Path(args.output))] if args.output else [])],
                   [Path(args.json)] if args.json else [], args.image)
+    return args
+
+
+def main():
     with processes() as (rank, world, device):
+        args = parse_arguments()
         dtype = precision_type(args.precision, device)
         if args.image is not None:
             predict_one(args, device, dtype)

@@ -629,10 +629,11 @@ def tuned_tensors(model):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, previous=None):
     """A binary file to write that becomes `path` only once it is whole and on the disk.
 
-    OSError names `path`; whatever stood there before is then untouched.
+    What stood there before becomes `previous`, if that is given. OSError names `path`; whatever
+    stood there before is then untouched.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -640,6 +641,8 @@ def replacing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:      # ValueError: a picture too large for its format
         reason = getattr(error, "strerror", None) or error
@@ -649,14 +652,15 @@ def replacing(path):
             os.remove(temporary)
 
 
-def save(path, model, **more):
+def save(path, model, previous=None, **more):
     """Writes a checkpoint: configuration, the towers' file names and SHA-256, tuned tensors.
 
-    `more` is kept beside them (plain values and tensors). Raises OSError, as `replacing` does.
+    `more` is kept beside them (plain values and tensors). The zip file that PyTorch makes of it has
+    a checksum for each part. `previous` and OSError are those of `replacing`.
     """
     checkpoint = {"config": asdict(model.config), "towers": model.sources,
                   "tensors": tuned_tensors(model), **more}
-    with replacing(path) as file:
+    with replacing(path, previous) as file:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:       # PyTorch's writer hides the OSError of a full disk

@@ -6,17 +6,22 @@ CLIP's token ids are skipped with a message.
 
 import contextlib
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import unittest
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,6 +46,7 @@ VOCABULARY = next((folder / "bpe_simple_vocab_16e6.txt.gz"
                    for folder in (HERE / "pretrained", HERE.parent / "shared" / "pretrained")
                    if (folder / "bpe_simple_vocab_16e6.txt.gz").is_file()), None)
 CPU = torch.device("cpu")
+MANY = int(os.environ.get("MANY", 0))
 TINY = {"train": 40, "val": 8, "test": 5}           # scenes
 # The small model, smaller; dropout off, so that runs can be compared.
 SMALL_RUN = ["--epochs", "2", "--decay-epoch", "1", "--batch-size", "8", "--dropout", "0",
@@ -2047,7 +2053,8 @@ class Runs(unittest.TestCase):
         self.assertEqual(status, 0, err)
         names = {path.name for path in (self.root / "first").iterdir()
                  if not path.name.startswith("events.")}
-        self.assertEqual(names, {"log.jsonl", "last.pt", "best.pt", "val.png", "curves.png"})
+        self.assertEqual(names, {"log.jsonl", "last.pt", "previous.pt", "best.pt", "val.png",
+                                 "curves.png"})
         rows = self.log("first")
         self.assertEqual([row["epoch"] for row in rows], [1, 2])
         self.assertEqual([row["lr"] for row in rows], [1e-3, 1e-4])
@@ -2085,26 +2092,6 @@ class Runs(unittest.TestCase):
         self.assertEqual((mask.size, mask.mode), ((123, 77), "L"))
         self.assertLessEqual(set(np.unique(np.asarray(mask)).tolist()), {0, 255})
 
-    def test_a_resumed_run_is_the_undisturbed_run(self):
-        out = self.root / "resumed"
-        saved, save = [], model.save
-
-        def save_twice_then_stop(path, *args, **kwargs):
-            save(path, *args, **kwargs)
-            saved.append(path)
-            if Path(path).name == "last.pt":
-                raise KeyboardInterrupt
-        with mock.patch.object(model, "save", save_twice_then_stop):
-            self.assertEqual(program(train, *self.small, "--out", out)[0], 130)
-        self.assertEqual(len(self.log("resumed")), 1)
-        status, _, err = program(train, *self.small, "--out", out, "--resume")
-        self.assertEqual(status, 0, err)
-        a, b = (model.read_checkpoint(self.root / name / "last.pt")["tensors"]
-                for name in ("first", "resumed"))
-        self.assertTrue(all(torch.equal(a[name], b[name]) for name in a))
-        for x, y in zip(self.log("first"), self.log("resumed")):
-            self.assertEqual((x["epoch"], x["loss"], x["miou"]), (y["epoch"], y["loss"], y["miou"]))
-
     def test_accumulated_gradients_make_the_same_step(self):
         """On a model without batch statistics, which pieces of a batch would change."""
         class Plain(nn.Module):
@@ -2122,12 +2109,13 @@ class Runs(unittest.TestCase):
         for micro in (8, 4, 1):
             torch.manual_seed(0)
             net = Plain()
-            optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-            loader = torch.utils.data.DataLoader(
-                samples, batch_sampler=train.GlobalBatches(len(refs), 8, micro, 0, 1, seed=0))
-            bar = evaluate.tqdm(disable=True)
-            value, _ = train.train_epoch(net, optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                                         loader, 8 // micro, CPU, None, bar)
+            batches = train.GlobalBatches(len(refs), 8, micro, 0, 1, seed=0)
+            loader = torch.utils.data.DataLoader(samples, batch_sampler=batches)
+            trainer = train.Trainer(net, mock.Mock(lr=1.0), 0, 0, 1, CPU, None, 8 // micro)
+            trainer.optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+            with contextlib.redirect_stderr(io.StringIO()):
+                trainer.epoch(loader, batches, lambda: None, 0, "")
+            value = trainer.progress.loss / trainer.progress.step
             weights.append(torch.cat([net.conv.weight.flatten(), torch.tensor([value])]).detach())
         for other in weights[1:]:
             self.assertLess(float((weights[0] - other).abs().max()), 1e-5)
@@ -2275,7 +2263,7 @@ class Runs(unittest.TestCase):
         out = self.root / "two"
         self.torchrun(2, HERE / "train.py", *self.small, "--out", out)
         self.assertEqual([row["epoch"] for row in self.log("two")], [1, 2])
-        self.assertEqual(len(list(out.glob("*.pt"))), 2)
+        self.assertEqual(len(list(out.glob("*.pt"))), 3)
         # The weights as two processes left them, the figures as one finds them (of one thread).
         threads = torch.get_num_threads()
         self.addCleanup(torch.set_num_threads, threads)
@@ -2310,7 +2298,7 @@ class Runs(unittest.TestCase):
                 (train, ["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no",
                          "--out", place / "o"], "bpe_simple_vocab|no such data folder"),
                 (train, real, "published as|bpe_simple_vocab"),
-                (train, [*drawn, "--out", self.root / "first"], "holds a run already; --resume"),
+                (train, [*drawn, "--out", self.root / "first"], "another run: head_width 32"),
                 (train, [*drawn, "--out", place / "o", "--resume"], "no run to resume"),
                 (train, [*drawn, "--out", place / "file"], "file"),
                 (train, [*self.small, "--out", self.root / "first", "--resume", "--lr", "1"],
@@ -2343,7 +2331,7 @@ class Runs(unittest.TestCase):
                                lambda logits, masks: loss_of(logits, masks) * math.nan):
             status, _, err = program(train, *self.small, "--out", out)
         self.assertEqual(status, 2)
-        self.assertRegex(err, "the loss of epoch 1 is nan; nothing of it is saved")
+        self.assertRegex(err, r"not finite in three steps in a row of epoch 1, at last with refs ")
         self.assertFalse((out / "last.pt").exists())
         self.assertEqual(program(train, *self.small, "--epochs", "1", "--out", out)[0], 0)
 
@@ -2373,6 +2361,335 @@ class Runs(unittest.TestCase):
         self.assertEqual(status, 2)
         self.assertIn("the expression is empty", err)
         self.assertFalse((self.root / "e.png").exists())
+
+
+def begin(place, arguments, trick=None, world=1, module="train"):
+    """A program in `world` processes of one thread that can be killed; what they print is in
+    PLACE/RANK.txt. `trick`, one of TRICKS, is played in each before it begins.
+
+    They are forked from a server that has PyTorch loaded already.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train"])
+    children = []
+    for rank in range(world):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": store.port,
+                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True,
+                 } if world > 1 else {}
+        child = server.Process(target=child_main, args=(
+            module, [*map(str, arguments)], Path(place) / f"{rank}.txt", group, trick))
+        child.start()
+        child.store = store                     # it lives as long as they, as torchrun's does
+        children.append(child)
+    return children
+
+
+def child_main(module, arguments, output, group, trick):
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    os.environ.update({name: str(value) for name, value in group.items()})
+    module = sys.modules[module]
+    sys.argv = [module.__file__, *arguments]
+    # What a run draws for itself is smaller here.
+    draw = data.draw_shapes
+    data.draw_shapes = lambda place, **more: draw(place, TINY, **more)
+    if trick:
+        TRICKS[trick](int(group.get("RANK", 0)))
+    evaluate.run(module.main)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after(owner, name, action, when=1):
+    """Lets a function do its work, and `action` after it was called so often (or as `when` says of
+    its arguments)."""
+    function, count = getattr(owner, name), itertools.count(1)
+
+    def watched(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if when(*args) if callable(when) else next(count) == when:
+            action()
+        return result
+    setattr(owner, name, watched)
+
+
+def die_within_saving(rank):
+    """After half of the checkpoint's bytes, the third time."""
+    whole, count = torch.save, itertools.count(1)
+
+    def half(checkpoint, file, **more):
+        if not isinstance(checkpoint, dict) or next(count) < 3:
+            return whole(checkpoint, file, **more)
+        buffer = io.BytesIO()
+        whole(checkpoint, buffer)
+        file.write(buffer.getvalue()[:len(buffer.getvalue()) // 2])
+        file.flush()
+        die()
+    torch.save = half
+
+
+def tell_self(number):
+    os.kill(os.getpid(), number)
+
+
+TRICKS = {
+    "drawing": lambda rank: after(data, "draw_one", die, 20),
+    "first step": lambda rank: after(train.Trainer, "step", die),
+    "saving": die_within_saving,
+    # When last.pt has become previous.pt, and the new one is not yet there.
+    "renaming": lambda rank: after(
+        os, "replace", die, lambda source, target: Path(source).name == "last.pt"),
+    "last step": lambda rank: after(
+        train.Trainer, "step", die, lambda trainer, *_: trainer.progress.step == 9),
+    "validating": lambda rank: after(evaluate, "probabilities", die, 2),
+    "validated": lambda rank: after(evaluate, "metrics", die),
+    "best saved": lambda rank: after(
+        model, "save", die, lambda path, *_: path.name == "best.pt"),
+    "rank 1": lambda rank: rank == 1 and after(train.Trainer, "step", die, 4),
+    "terminate": lambda rank: after(
+        train.Trainer, "step", lambda: tell_self(signal.SIGTERM), 4),
+    "interrupt": lambda rank: after(train.Trainer, "step", lambda: tell_self(signal.SIGINT), 4),
+    "terminate one": lambda rank: rank == 1 and TRICKS["terminate"](rank),
+    "terminate twice": lambda rank: after(train.Trainer, "step", lambda: [
+        tell_self(signal.SIGTERM) for _ in range(2)], 4),
+    "fail at one": lambda rank: rank == 1 and after(train.Trainer, "step", broken_photo, 4),
+    "full disk": lambda rank: after(train.Trainer, "step", lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, 100_000)), 7),
+    "not finite": lambda rank: spoil(lambda call: call in (2, 5, 6, 9)),
+    "never finite": lambda rank: spoil(lambda call: call > 6),
+}
+
+
+def broken_photo():
+    raise data.DataError("photo 7 is broken")
+
+
+def spoil(which):
+    """Makes the loss of some calls not a number, and what the model's statistics learn in them."""
+    forward, count = model.DCRIS.forward, itertools.count(1)
+
+    def spoilt(net, images, tokens):
+        call = next(count) if net.training else 0
+        return forward(net, images * math.nan if which(call) else images, tokens)
+    model.DCRIS.forward = spoilt
+
+
+class Survival(unittest.TestCase):
+    """Runs that are killed, stopped and fed what they cannot digest."""
+    # With dropout, which must draw the same numbers again.
+    COMMAND = [*SMALL_RUN[:-8], "--dropout", "0.1", *SMALL_RUN[-6:], "--save-every", "3"]
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place = tempfile.TemporaryDirectory()
+        cls.root = Path(cls.place.name)
+        data.draw_shapes(cls.root / "data", TINY)
+        cls.command = [*cls.COMMAND, "--data", cls.root / "data"]
+        for world in (1, 2):
+            cls.finish(cls, begin(cls.root, [*cls.command, "--out", cls.root / f"whole{world}"],
+                                  world=world))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.place.cleanup()
+
+    def finish(self, children, within=60):
+        """Waits for the processes: their exit statuses, and what they printed but for progress."""
+        for child in children:
+            child.join(within)
+            hung = child.exitcode is None
+            child.kill()
+            child.join()
+            if hung:
+                raise AssertionError("a process hangs")
+        printed = "".join((self.root / f"{rank}.txt").read_text().replace("\r", "\n")
+                          for rank in range(len(children)))
+        lines = [line for line in printed.splitlines()
+                 if line.strip() and not re.match(r"(epoch|drawing|validating)", line)]
+        return [child.exitcode for child in children], lines
+
+    def run_out(self, out, trick=None, world=1, *more):
+        return self.finish(begin(self.root, [*self.command, "--out", out, *more], trick, world))
+
+    def same_as_whole(self, out, world):
+        a, b = (model.read_checkpoint(path / name) for path, name in (
+            (self.root / f"whole{world}", "last.pt"), (out, "last.pt")))
+        for name in a["tensors"]:
+            self.assertTrue(torch.equal(a["tensors"][name], b["tensors"][name]), name)
+        for name, tensor in model.read_checkpoint(out / "best.pt")["tensors"].items():
+            self.assertTrue(torch.equal(tensor, model.read_checkpoint(
+                self.root / f"whole{world}" / "best.pt")["tensors"][name]), name)
+        rows = [[json.loads(line) for line in (path / "log.jsonl").open()]
+                for path in (self.root / f"whole{world}", out)]
+        for key in ("epoch", "loss", "lr", "miou", "oiou", "p50"):
+            self.assertEqual(*[[row[key] for row in log] for log in rows])
+        self.assertEqual({path.name for path in out.iterdir()
+                          if not path.name.startswith("events.")},
+                         {"log.jsonl", "last.pt", "previous.pt", "best.pt", "val.png",
+                          "curves.png"})
+
+    def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
+        for world, tricks in ((1, ("drawing", "first step", "saving", "renaming", "last step",
+                                   "validating", "validated", "best saved")),
+                              (2, ("saving", "last step", "validating"))):
+            out = self.root / f"killed{world}"
+            command = [*self.COMMAND, "--data", folder(self), "--out", out]
+            for trick in tricks:
+                statuses, lines = self.finish(begin(self.root, command, trick, world))
+                self.assertIn(-signal.SIGKILL, statuses, (trick, lines))
+            statuses, lines = self.finish(begin(self.root, command, None, world))
+            self.assertEqual(statuses, [0] * world, lines)
+            self.same_as_whole(out, world)
+
+    def test_killed_at_random_a_run_ends_as_if_undisturbed(self):
+        moments = random.Random(0)
+        for world, times in ((1, MANY or 2), (2, MANY or 1)):
+            kills = runs = 0
+            while kills < times:
+                out = self.root / f"random{world}-{runs}"
+                children = begin(self.root, [*self.command, "--out", out], None, world)
+                time.sleep(moments.uniform(0.5, 4))
+                for child in children:
+                    child.kill()
+                statuses, lines = self.finish(children)
+                if statuses == [0] * world:
+                    self.same_as_whole(out, world)
+                    runs += 1
+                kills += statuses == [-signal.SIGKILL] * world
+            self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
+            self.same_as_whole(out, world)
+            if MANY:
+                print(f"{world} process(es): killed {kills} times in {runs + 1} run(s)")
+
+    def test_a_wish_to_stop_is_seen_to_after_the_step(self):
+        for trick, status, world in (("terminate", 143, 1), ("interrupt", 130, 1),
+                                     ("terminate one", 143, 2)):
+            out = self.root / trick
+            statuses, lines = self.run_out(out, trick, world, "--workers", "1")
+            self.assertEqual(statuses, [status] * world, lines)
+            self.assertEqual(lines, [])
+            progress = model.read_checkpoint(out / "last.pt")["progress"]
+            self.assertEqual((progress["epoch"], progress["step"]), (1, 6))
+            self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
+            self.same_as_whole(out, world)
+        out = self.root / "at once"
+        self.assertEqual(self.run_out(out, "terminate twice")[0], [143])
+        self.assertEqual(model.read_checkpoint(out / "last.pt")["progress"]["step"], 3)
+
+    def test_one_says_why_and_none_hangs(self):
+        for trick, more, status, message in (
+                (None, ["--image-size", "65"], 2, "no multiple"),
+                (None, ["--no-such-flag"], 2, "unrecognized arguments"),
+                (None, ["--vocabulary", self.root / "none"], 2, "none"),
+                ("fail at one", [], 2, "photo 7 is broken"),
+                ("rank 1", [], None, "lost another process"),
+                ("full disk", [], 2, "last.pt: could not be written: File too large")):
+            out = self.root / f"said {trick} {message[:5]}"
+            statuses, lines = self.run_out(out, trick, 2, *more)
+            self.assertEqual(len(lines), 1, lines)
+            self.assertRegex(lines[0], message)
+            self.assertIn(statuses[0], (1, 2))
+            if status:
+                self.assertIn(status, statuses)
+        # What was saved before the disk was full is whole.
+        self.assertEqual(model.read_checkpoint(out / "last.pt")["progress"]["step"], 6)
+        self.assertEqual(self.run_out(out, None, 2)[0], [0, 0])
+        self.same_as_whole(out, 2)
+
+    def test_steps_that_are_not_finite(self):
+        out = self.root / "spoilt"
+        statuses, lines = self.run_out(out, "not finite")
+        self.assertEqual(statuses, [0], lines)
+        rows = [json.loads(line) for line in (out / "log.jsonl").open()]
+        self.assertEqual([row.get("overflows") for row in rows], [4, None])
+        for name, tensor in model.read_checkpoint(out / "best.pt")["tensors"].items():
+            self.assertTrue(tensor.isfinite().all(), name)
+        out = self.root / "never"
+        statuses, lines = self.run_out(out, "never finite")
+        self.assertEqual((statuses, len(lines)), ([2], 1), lines)
+        self.assertRegex(lines[0], r"three steps in a row of epoch 1, at last with refs (\d+, ){7}")
+        checkpoint = model.read_checkpoint(out / "last.pt")
+        self.assertEqual(checkpoint["progress"]["step"], 6)
+        self.assertTrue(all(t.isfinite().all() for t in checkpoint["tensors"].values()))
+
+    def test_damaged_checkpoints_are_passed_over(self):
+        whole, out = self.root / "whole1", self.root / "damaged"
+        good = (whole / "last.pt").read_bytes()
+        moments, found = random.Random(0), 0
+        shutil.copytree(whole, out)
+        for _ in range(60):
+            damaged = bytearray(good)
+            if moments.random() < 0.3:
+                del damaged[moments.randrange(len(damaged)):]
+            else:
+                damaged[moments.randrange(len(damaged))] ^= 1 << moments.randrange(8)
+            (out / "last.pt").write_bytes(damaged)
+            (out / "previous.pt").write_bytes((whole / "previous.pt").read_bytes())
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                path = train.newest_whole(out)
+            if path == out / "last.pt":         # the flipped bit stands for nothing
+                a, b = (model.read_checkpoint(p / "last.pt") for p in (whole, out))
+                self.assertTrue(all(torch.equal(a["tensors"][n], b["tensors"][n])
+                                    for n in a["tensors"]))
+                self.assertEqual(a["progress"], b["progress"])
+            else:
+                found += 1
+                self.assertEqual(path, out / "previous.pt")
+                self.assertRegex(said.getvalue(), "warning: .*last.pt: .*; going on from .*prev")
+        self.assertGreater(found, 40)
+        (out / "last.pt").write_bytes(good[:5000])
+        self.assertEqual(self.run_out(out)[0], [0])
+        self.same_as_whole(out, 1)
+        for path in (out / "last.pt", out / "previous.pt"):
+            path.write_bytes(good[:5000])
+        statuses, lines = self.run_out(out)
+        self.assertEqual((statuses, len(lines)), ([2], 2), lines)
+
+    def test_resuming_a_finished_run_and_another_one(self):
+        out = self.root / "finished"
+        shutil.copytree(self.root / "whole1", out)
+        before = (out / "last.pt").read_bytes()
+        self.assertEqual(self.run_out(out)[0], [0])
+        self.assertEqual((out / "last.pt").read_bytes(), before)
+        self.same_as_whole(out, 1)
+        for more, message in ((["--seed", 1], "another run: seed 0 there, 1 here"),
+                              (["--lr", 1], "another run: lr 0.001 there, 1.0 here")):
+            statuses, lines = self.run_out(out, None, 1, *more)
+            self.assertEqual((statuses, len(lines)), ([2], 1), lines)
+            self.assertRegex(lines[0], message)
+
+    def test_seeds(self):
+        first = model.read_checkpoint(self.root / "whole1" / "best.pt")["tensors"]
+        for seed, same in ((0, True), (1, False)):
+            out = self.root / f"seed{seed}"
+            self.assertEqual(self.run_out(out, None, 1, "--seed", seed)[0], [0])
+            again = model.read_checkpoint(out / "best.pt")["tensors"]
+            self.assertEqual(all(torch.equal(first[n], again[n]) for n in first), same)
+
+    def test_restarted_by_torchrun(self):
+        script = self.root / "restarted.py"
+        script.write_text(textwrap.dedent(f"""
+            import os, sys
+            sys.path[:0] = [{str(HERE)!r}]
+            import test_all, evaluate, train
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                test_all.TRICKS["rank 1"](int(os.environ["RANK"]))
+            if __name__ == "__main__":
+                evaluate.run(train.main)
+        """))
+        out = self.root / "restarted"
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "--max-restarts=1", script, *map(str, self.command), "--out", out],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stderr.count("lost another process"), 1)
+        self.same_as_whole(out, 2)
 
 
 if __name__ == "__main__":

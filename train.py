@@ -10,17 +10,25 @@
 The batch size is global: the same command means the same training on any number of processes.
 A run writes OUT/log.jsonl (one object an epoch), last.pt, best.pt (by mIoU on val), val.png,
 curves.png, and TensorBoard's events where that is installed.
+
+A run that was stopped goes on with the same command and its --out, at the step where last.pt was
+written, and ends with the weights that it would have had undisturbed. SIGTERM and Ctrl-C end it
+after the step in hand, saved; a second one at once. previous.pt is the last.pt before.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
+import os
+import signal
 import sys
 import time
 import types
 import typing
-from dataclasses import asdict, fields
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -44,20 +52,21 @@ class GlobalBatches:
 
     One permutation an epoch, from seed and epoch alone, is cut into global batches; every process
     takes an equal slice of each, in pieces of `micro` samples. The incomplete last one is dropped.
+    `epoch` and `step`, how many global batches of it are to be left out, may be set between uses.
     """
 
     def __init__(self, samples, batch, micro, rank, world, seed):
         self.samples, self.batch, self.micro, self.seed = samples, batch, micro, seed
         self.rank, self.local = rank, batch // world
-        self.epoch = 1
+        self.epoch, self.step = 1, 0
 
     def __len__(self):
-        return self.samples // self.batch * (self.local // self.micro)
+        return (self.samples // self.batch - self.step) * (self.local // self.micro)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(self.samples, generator=generator).tolist()
-        for start in range(0, self.samples - self.batch + 1, self.batch):
+        for start in range(self.step * self.batch, self.samples - self.batch + 1, self.batch):
             first = start + self.rank * self.local
             for i in range(first, first + self.local, self.micro):
                 yield [(self.epoch, index) for index in order[i:i + self.micro]]
@@ -115,39 +124,224 @@ def distribute(net, world, device):
 
 
 # ---------------------------------------------------------------------------------------------
-# One epoch
+# One epoch, step by step
 # ---------------------------------------------------------------------------------------------
 
-def train_epoch(net, optimizer, scaler, loader, pieces, device, dtype, bar):
-    """Trains for an epoch; the mean loss over all samples and processes, and the skipped refs."""
-    net.train()
-    total, skipped = torch.zeros((), device=device), 0
-    for step, batch in enumerate(loader, 1):
-        images, tokens, masks = (batch[key].to(device, non_blocking=True)
-                                 for key in ("image", "tokens", "mask"))
-        skipped += int(batch["skipped"].sum())
-        last_piece = step % pieces == 0
-        # Gradients travel between processes only with the last piece of a global batch.
-        alone = not last_piece and isinstance(net, DistributedDataParallel)
-        with net.no_sync() if alone else contextlib.nullcontext():
-            with evaluate.autocast(device, dtype):
-                logits = net(data.normalise(images), tokens)
-            loss = model.text_to_pixel_loss(logits, masks / 255)
-            scaler.scale(loss / pieces).backward()
-        total += loss.detach()
-        if last_piece:
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            bar.update()
-            if bar.n % 10 == 0 and not bar.disable:     # reading the loss waits for the device
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-    mean = total / step
-    if dist.is_initialized():
-        counts = torch.stack([mean, torch.tensor(float(skipped), device=device)])
-        dist.all_reduce(counts)
-        mean, skipped = counts[0] / dist.get_world_size(), int(counts[1])
-    return mean.item(), skipped
+@dataclass
+class Progress:
+    """How far a run is: what it needs, beside weights and optimiser, to go on exactly."""
+    epoch: int = 1              # the one in hand
+    step: int = 0               # steps of it that are done
+    loss: float = 0.0           # the sum of their losses
+    skipped: int = 0            # broken refs that gave way to others in them
+    overflows: int = 0          # how many of them changed nothing: loss or gradient was not finite
+    seconds: float = 0.0        # what they took
+    best: float = -1.0          # the highest mIoU on val so far, percent
+    rows: list = field(default_factory=list)        # of log.jsonl
+
+    @classmethod
+    def of(cls, path, values):
+        """The progress that a checkpoint holds. WeightsError if its values cannot be one's."""
+        try:
+            progress = cls(**values)
+            whole = (progress.epoch, progress.step, progress.skipped, progress.overflows)
+            sound = (all(type(n) is int and n >= 0 for n in whole) and progress.epoch > 0
+                     and all(math.isfinite(x) for x in (progress.loss, progress.seconds,
+                                                        progress.best))
+                     and all({"epoch", "loss", "miou", "oiou", "images_per_s"} <= row.keys()
+                             for row in progress.rows)
+                     and [row["epoch"] for row in progress.rows] == [*range(1, progress.epoch)])
+        except (TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise model.WeightsError(f"{path}: its progress (epoch, step, ...) is damaged")
+        return progress
+
+
+class Stops:
+    """SIGTERM and SIGINT, as a wish to be seen to after the step; a second one is not waited for.
+
+    A context manager; `wish` is the signal's number, or 0.
+    """
+
+    def __enter__(self):
+        self.wish = 0
+        self.usual = {number: signal.signal(number, self.note)
+                      for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, frame):
+        if self.wish:
+            os._exit(128 + number)
+        self.wish = number
+
+    def __exit__(self, *error):
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+
+class Report:
+    """A few numbers of a step, on their way from the device.
+
+    They are read a step later: to read them at once, the host would wait for the device.
+    """
+
+    def __init__(self, numbers, refs):
+        self.numbers, self.refs, self.arrived = numbers.to("cpu", non_blocking=True), refs, None
+        if numbers.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
+
+
+class Trainer:
+    """A model, its optimiser and its progress: takes steps, and can be saved between any two."""
+
+    def __init__(self, net, config, seed, rank, world, device, dtype, pieces):
+        self.net, self.device, self.dtype, self.pieces = net, device, dtype, pieces
+        self.seed, self.rank, self.world, self.half = seed, rank, world, dtype is torch.float16
+        self.learned = [p for p in net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.learned, lr=config.lr, fused=True)
+        # Beside scaling, which float16 alone needs, it leaves out steps that are not finite.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.half else 1.0)
+        self.parallel = distribute(net, world, device)
+        self.statistics = [s for layer in net.modules()
+                           if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+                           for s in (layer.running_mean, layer.running_var)]
+        self.progress, self.in_a_row, self.random = Progress(), 0, []
+
+    def step(self, batches, wish):
+        """One step on the next `pieces` batches; its `Report` of loss, broken refs, whether any
+        process is to stop (`wish`), and whether the step was left out. All processes get the same.
+        """
+        before = [s.clone() for s in self.statistics]
+        loss, skipped, refs = 0.0, 0, []
+        for piece in range(1, self.pieces + 1):
+            batch = next(batches)
+            images, tokens, masks = (batch[key].to(self.device, non_blocking=True)
+                                     for key in ("image", "tokens", "mask"))
+            skipped += int(batch["skipped"].sum())
+            refs += batch["ref"]
+            # Gradients travel between processes only with the last piece of a global batch.
+            alone = self.world > 1 and piece < self.pieces
+            with self.parallel.no_sync() if alone else contextlib.nullcontext():
+                with evaluate.autocast(self.device, self.dtype):
+                    logits = self.parallel(data.normalise(images), tokens)
+                part = model.text_to_pixel_loss(logits, masks / 255) / self.pieces
+                self.scaler.scale(part).backward()
+            loss = loss + part.detach().double()
+        numbers = torch.stack([loss / self.world, *torch.tensor(
+            [skipped, bool(wish)], dtype=torch.float64).to(self.device, non_blocking=True)])
+        if self.world > 1:
+            dist.all_reduce(numbers)
+        # A loss that is not finite can have finite gradients (float16). It shall spoil one.
+        self.learned[0].grad += numbers[0] - numbers[0]
+        bad = ~torch.nn.utils.get_total_norm([p.grad for p in self.learned]).isfinite()
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.half else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        for now, then in zip(self.statistics, before):
+            now.copy_(torch.where(bad, then, now))
+        return Report(torch.cat([numbers, bad[None].double()]), refs)
+
+    def note(self, report):
+        """Counts a report in; whether to stop."""
+        loss, skipped, stop, bad = report.read()
+        self.progress.skipped += int(skipped)
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if bad:
+            self.progress.overflows += 1
+        else:
+            self.progress.loss += loss
+        if self.in_a_row == 3 and not self.half:
+            refs = self.from_all(report.refs)
+            raise model.ConfigError(
+                f"loss or gradient was not finite in three steps in a row of epoch "
+                f"{self.progress.epoch}, at last with refs {', '.join(sum(refs, []))}; "
+                f"these steps changed nothing; try a lower --lr, or find what is odd in the data")
+        return bool(stop)
+
+    def epoch(self, loader, batches, save, save_every, name):
+        """Trains from where the progress stands to the end of its epoch, and calls `save` there
+        and every so many steps. SystemExit, saved, if a process was told to stop.
+        """
+        progress = self.progress
+        batches.epoch, batches.step = progress.epoch, progress.step
+        steps = progress.step + len(batches) // self.pieces
+        samples, reports, stop, saved = iter(loader), deque(), False, True
+        self.set_random()
+        self.net.train()
+        begun = time.time() - progress.seconds
+        with Stops() as stops, tqdm(initial=progress.step, total=steps, unit="step", desc=name,
+                                    disable=self.rank > 0) as bar:
+            while progress.step < steps and not stop:
+                reports.append(self.step(samples, stops.wish))
+                progress.step += 1
+                progress.seconds = time.time() - begun
+                saved = save_every > 0 and progress.step % save_every == 0
+                while len(reports) > (not saved):
+                    stop |= self.note(reports.popleft())
+                if saved:
+                    save()
+                bar.update()
+                if bar.n % 10 == 0:
+                    seen = bar.n - len(reports) - progress.overflows
+                    bar.set_postfix(loss=f"{progress.loss / max(1, seen):.4f}")
+            while reports:
+                stop |= self.note(reports.popleft())
+            if not saved:
+                save()
+            if stop:
+                if self.world > 1:
+                    dist.barrier()      # nobody leaves before the first process has saved
+                sys.exit(128 + (stops.wish or signal.SIGTERM))
+
+    def set_random(self):
+        """Random numbers as they come at this place of the run, in every process; for dropout."""
+        if self.progress.step and len(self.random) == self.world:
+            host, device = self.random[self.rank]
+            torch.set_rng_state(host)
+            if device is not None:
+                torch.cuda.set_rng_state(device, self.device)
+        else:
+            torch.manual_seed((self.seed * 100_003 + self.progress.epoch) * 1009 + self.rank
+                              + 104_729 * self.progress.step)
+
+    def from_all(self, thing):
+        """What each process has for `thing`, as a list, in all of them."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def save(self, path, **more):
+        """Writes a checkpoint to go on from; the one that was there stays as previous.pt."""
+        random = self.from_all((torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
+                                if self.device.type == "cuda" else None))
+        if self.rank == 0:
+            model.save(path, self.net, previous=path.with_name("previous.pt"), **more,
+                       progress=asdict(self.progress), random=random,
+                       optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+
+    def restore(self, path, checkpoint):
+        """Takes up what `save` wrote beside the weights. WeightsError where that does not fit."""
+        self.progress = Progress.of(path, checkpoint["progress"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.random = [(host.byte(), device) for host, device in checkpoint["random"]]
+            for tensor, state in self.optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if state[name].shape != tensor.shape:
+                        raise ValueError(f"{name} of shape {tuple(state[name].shape)}")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise model.WeightsError(f"{path}: its optimiser, scaler or random state is not this "
+                                     f"run's: {error}") from None
 
 
 def peak_memory_gb(device):
@@ -180,26 +374,39 @@ def from_first(make, rank, world):
 
 def run_folder(args):
     """The folder of this run: OUT, or the first free (resuming: the last used) runs/PRESET[-N]."""
-    def used(folder):
-        log = folder / "log.jsonl"
-        return (folder / "last.pt").exists() or log.exists() and log.stat().st_size > 0
-
+    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if args.out:
         out = Path(args.out)
-        if used(out) and not args.resume:
-            raise FileExistsError(f"{out} holds a run already; --resume goes on with it, another "
-                                  f"--out starts afresh")
         if out.exists() and not out.is_dir():
             raise NotADirectoryError(f"{out} is a file; --out names a folder")
     else:
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
-        if args.resume:
-            out = [names[0], *(name for name in names if (name / "last.pt").exists())][-1]
-        else:
-            out = next(name for name in names if not name.exists())
-    if args.resume and not (out / "last.pt").exists():
+        used = [name for name in names if checkpoints(name)]
+        out = used[-1] if resume and used else next(name for name in names if not name.exists())
+    if args.resume == "must" and not checkpoints(out):
         raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume")
+    if (out / "best.pt").exists() and not checkpoints(out):
+        raise FileExistsError(f"{out} holds the best.pt of a run and no last.pt to go on from; "
+                              f"another --out starts afresh")
     return out
+
+
+def checkpoints(out):
+    """The checkpoints in a folder that a run can go on from, the newest first."""
+    return [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+
+
+def newest_whole(out):
+    """The path to go on from, or None. A damaged last.pt is passed over with a warning."""
+    paths = checkpoints(out)
+    for path in paths:
+        try:
+            model.read_checkpoint(path)
+            return path
+        except model.WeightsError as error:
+            if path == paths[-1]:
+                raise
+            print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
 
 
 def draw_if_missing(args):
@@ -223,11 +430,13 @@ def find_vocabulary(args, config, init):
     return path
 
 
-def describe_run(args, init, dtype):
+def describe_run(args, init, dtype, train_set):
     """What a checkpoint says of its run beside the configuration; resuming asks for the same."""
     return {"dataset": args.dataset, "seed": args.seed, "keep_leaks": args.keep_leaks,
             "skip_broken": args.skip_broken, "precision": str(dtype or torch.float32),
-            "preset": args.preset, "init": init and model.sha256(init[0])}
+            "preset": args.preset, "init": init and model.sha256(init[0]),
+            "refs": len(train_set),
+            "vocabulary": hashlib.sha256(train_set.tokenizer.text.encode()).hexdigest()}
 
 
 def load_data(args, config, init, rank):
@@ -259,10 +468,10 @@ def load_init(path):
     return path, checkpoint
 
 
-def load_model(args, config, init, run, out):
-    """A fresh model and None, or the one to resume and its checkpoint."""
+def load_model(args, config, init, run, path):
+    """A fresh model and None, or the one to go on with and its checkpoint, of `path`."""
     torch.manual_seed(args.seed)
-    if not args.resume:
+    if path is None:
         weights = (None, None) if init or args.random_towers else model.find_weights(
             config, args.vision_weights, args.text_weights)
         net = model.assemble(config, *weights, init)
@@ -272,16 +481,16 @@ def load_model(args, config, init, run, out):
                     f"preset {args.preset} keeps its {kind} tower as it is, but that comes from "
                     f"nowhere: --init CKPT takes it from a trained run such as runs/shapes/best.pt")
         return net, None
-    path = out / "last.pt"
     checkpoint = model.read_checkpoint(path)
-    if not {"epoch", "best", "optimizer", "scaler"} <= checkpoint.keys():
-        raise model.WeightsError(f"{path}: not the last.pt of a run (epoch, best, optimizer, "
+    if not {"progress", "random", "optimizer", "scaler"} <= checkpoint.keys():
+        raise model.WeightsError(f"{path}: not the last.pt of a run (progress, random, optimizer, "
                                  f"scaler); a best.pt cannot be resumed")
     before = {**checkpoint["config"], **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
                  for key, value in {**asdict(config), **run}.items() if before.get(key) != value]
     if different:
-        raise model.ConfigError(f"{path} is a checkpoint of another run: {'; '.join(different)}")
+        raise model.ConfigError(f"{path} is a checkpoint of another run: {'; '.join(different)}; "
+                                f"another --out starts afresh")
     return model.restore(path, checkpoint, args.vision_weights, args.text_weights), checkpoint
 
 
@@ -289,96 +498,95 @@ def train(args, config, init, rank, world, device):
     """The whole run of one process."""
     pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
     dtype = evaluate.precision_type(args.precision, device)
-    run = describe_run(args, init, dtype)
     out = from_first(lambda: run_folder(args), rank, world)
+    path = from_first(lambda: newest_whole(out), rank, world)
     from_first(lambda: draw_if_missing(args), rank, world)
     tokenizer, train_set, val_set = load_data(args, config, init, rank)
-    net, checkpoint = load_model(args, config, init, run, out)
-    net.to(device)
-    batches = GlobalBatches(len(train_set), config.batch_size, micro, rank, world, args.seed)
-    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=config.lr,
-                                 fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    first, best = 1, -1.0
+    run = describe_run(args, init, dtype, train_set)
+    net, checkpoint = load_model(args, config, init, run, path)
+    trainer = Trainer(net.to(device), config, args.seed, rank, world, device, dtype, pieces)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        first, best = checkpoint["epoch"] + 1, checkpoint["best"]
-    parallel = distribute(net, world, device)
+        trainer.restore(path, checkpoint)
+    progress = trainer.progress
+    batches = GlobalBatches(len(train_set), config.batch_size, micro, rank, world, args.seed)
+    steps = len(batches) // pieces
+    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
+                        pin_memory=device.type == "cuda", worker_init_fn=keep_to_itself)
     kept = {"run": run, "vocabulary": {} if config.text in model.PUBLISHED else {
         "text": tokenizer.text}}
-    log = Log(out, first) if rank == 0 else None
+    log = Log(out, progress.rows) if rank == 0 else None
 
-    for epoch in range(first, config.epochs + 1):
-        begun = time.time()
-        # Dropout, too, depends on seed, epoch and process alone, so a resumed run repeats it.
-        torch.manual_seed((args.seed * 100_003 + epoch) * 1009 + rank)
-        batches.epoch = epoch
-        for group in optimizer.param_groups:
+    def save():
+        trainer.save(out / "last.pt", **kept)
+
+    for epoch in range(progress.epoch, config.epochs + 1):
+        for group in trainer.optimizer.param_groups:
             group["lr"] = config.lr * (0.1 if epoch > config.decay_epoch else 1)
-        with tqdm(total=len(batches) // pieces, unit="step", disable=rank > 0,
-                  desc=f"epoch {epoch}/{config.epochs}") as bar:
-            loss, skipped = train_epoch(parallel, optimizer, scaler, loader, pieces, device, dtype,
-                                        bar)
-        trained = time.time() - begun
-        if not math.isfinite(loss):
-            raise model.ConfigError(f"the loss of epoch {epoch} is {loss}; nothing of it is saved, "
-                                    f"{out} is as it was after epoch {epoch - 1}; try a lower --lr")
+        trainer.epoch(loader, batches, save, args.save_every, f"epoch {epoch}/{config.epochs}")
+        begun = time.time()
         table = evaluate.overlaps(net, val_set, device, dtype, config.batch_size, args.workers,
                                   rank, world, "validating")
-        if rank > 0:
-            continue
         found = evaluate.metrics(table)
-        if skipped or len(table) < len(val_set):
-            print(f"skipped {skipped} broken refs, {len(val_set) - len(table)} expressions of "
-                  f"val", file=sys.stderr)
-        log.add({"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
-                 "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
-                 "images_per_s": len(batches) * micro * world / trained,
-                 "peak_memory_gb": peak_memory_gb(device), "seconds": time.time() - begun})
-        kept["seconds"] = sum(len(batches) * micro * world / row["images_per_s"]
-                              for row in log.rows)          # of training, without validation
-        if found["miou"] > best:
-            best = found["miou"]
-            model.save(out / "best.pt", net, epoch=epoch, miou=best, **kept)
-        model.save(out / "last.pt", net, epoch=epoch, best=best, optimizer=optimizer.state_dict(),
-                   scaler=scaler.state_dict(), **kept)
-        evaluate.save_picture(evaluate.panel(net, val_set, device, dtype), out / "val.png")
+        images = steps * config.batch_size
+        row = {"epoch": epoch, "loss": progress.loss / max(1, steps - progress.overflows),
+               "lr": trainer.optimizer.param_groups[0]["lr"], "miou": found["miou"],
+               "oiou": found["oiou"], "p50": found["p50"],
+               "images_per_s": images / progress.seconds,
+               "peak_memory_gb": peak_memory_gb(device),
+               "seconds": progress.seconds + time.time() - begun}
+        if progress.overflows:
+            row["overflows"] = progress.overflows
+        if rank == 0 and (progress.skipped or len(table) < len(val_set)):
+            print(f"skipped {progress.skipped} broken refs, {len(val_set) - len(table)} "
+                  f"expressions of val", file=sys.stderr)
+        kept["seconds"] = sum(images / row["images_per_s"]
+                              for row in [*progress.rows, row])     # of training alone
+        # last.pt comes last: a run that is killed before repeats the epoch's end, and all of this.
+        if rank == 0 and found["miou"] > progress.best:
+            model.save(out / "best.pt", net, epoch=epoch, miou=found["miou"], **kept)
+        trainer.progress = progress = Progress(
+            epoch + 1, best=max(progress.best, found["miou"]), rows=[*progress.rows, row])
+        save()
+        if rank == 0:
+            log.show(progress.rows)
+            evaluate.save_picture(evaluate.panel(net, val_set, device, dtype), out / "val.png")
     if rank == 0:
-        print(f"{out}: best mIoU on val {best:.2f}; best.pt, last.pt, log.jsonl, val.png, "
+        print(f"{out}: best mIoU on val {progress.best:.2f}; best.pt, last.pt, log.jsonl, val.png, "
               f"curves.png")
 
 
-class Log:
-    """OUT/log.jsonl, one object an epoch, with curves.png and TensorBoard's events beside it."""
+def keep_to_itself(worker):
+    """A loader's process leaves a terminal's and torchrun's signals, sent to the whole group, to
+    its parent, which wants samples for one more step."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def __init__(self, out, first_epoch):
-        self.out, self.rows = out, []
+
+class Log:
+    """OUT/log.jsonl, one object an epoch, with curves.png and TensorBoard's events beside it.
+
+    The checkpoint holds the rows, too, so what was killed between the two is made good here.
+    """
+
+    def __init__(self, out, rows):
+        self.out = out
         out.mkdir(parents=True, exist_ok=True)
-        if first_epoch > 1:
-            try:
-                rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-                self.rows = [row for row in rows if row["epoch"] < first_epoch
-                             and {"loss", "miou", "oiou", "images_per_s"} <= row.keys()]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise data.DataError(f"{out / 'log.jsonl'}: damaged ({error}); mend or remove the "
-                                     f"line") from None
-        self.write()                # the folder is taken, and better now than later if it cannot be
+        for left in out.glob("*.tmp"):              # of a process that was killed while it wrote
+            left.unlink()
+        self.write(rows)            # the folder is taken, and better now than later if it cannot be
         self.board = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out))
+            self.board = SummaryWriter(str(out), purge_step=len(rows) + 1)
 
-    def write(self):
+    def write(self, rows):
         with model.replacing(self.out / "log.jsonl") as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
-    def add(self, row):
-        self.rows.append(row)
-        self.write()
-        evaluate.save_picture(evaluate.curves(self.rows), self.out / "curves.png")
+    def show(self, rows):
+        self.write(rows)
+        evaluate.save_picture(evaluate.curves(rows), self.out / "curves.png")
+        row = rows[-1]
         tqdm.write(f"epoch {row['epoch']}: loss {row['loss']:.4f}, val mIoU {row['miou']:.2f}, "
                    f"oIoU {row['oiou']:.2f}, P@0.5 {row['p50']:.2f}, "
                    f"{row['images_per_s']:.0f} images/s, {row['seconds']:.0f} s")
@@ -401,14 +609,18 @@ def divide_batch(batch, micro, world):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
+    parser = evaluate.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="shapes", choices=model.PRESETS)
     parser.add_argument("--dataset", metavar="NAME",
                         help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes, "
                              "shapes-b or a folder of DATA (default of presets shapes*: shapes)")
     parser.add_argument("--out", metavar="DIR", help="default: runs/PRESET, numbered if it is used")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    parser.add_argument("--resume", nargs="?", const="must", choices=("auto", "must"),
+                        help="go on with the run in OUT (default: the last runs/PRESET); auto: or "
+                             "begin one if there is none. An --out that is given means auto")
+    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS",
+                        help="write last.pt also every so many steps of an epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
                         help="samples a process takes at once; gradients add up to the batch")
@@ -424,9 +636,8 @@ def parse_arguments():
     group = parser.add_argument_group("fields of the configuration",
                                       "default: the preset's; model.Config says what each is")
     types_of = typing.get_type_hints(model.Config)
-    for field in fields(model.Config):
-        kind = types_of[field.name]
-        flag = "--" + field.name.replace("_", "-")
+    for name in (f.name for f in fields(model.Config)):
+        kind, flag = types_of[name], "--" + name.replace("_", "-")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction)
         elif kind in (int, float, str):
@@ -434,8 +645,8 @@ def parse_arguments():
         else:
             group.add_argument(flag, type=int, nargs="*", metavar="N")
     args = parser.parse_args()
-    if args.workers < 0 or args.micro_batch < 0:
-        parser.error("--workers and --micro-batch are at least 0")
+    if args.workers < 0 or args.micro_batch < 0 or args.save_every < 0:
+        parser.error("--workers, --micro-batch and --save-every are at least 0")
     if not 0 <= args.seed < 2**31:
         parser.error("--seed is from 0 to 2147483647")
     drawn = model.PRESETS[args.preset].text not in model.PUBLISHED
@@ -468,11 +679,10 @@ def configuration(args, init):
 
 
 def main():
-    args = parse_arguments()
-    init = load_init(args.init) if args.init else None
-    config = configuration(args, init)
     with evaluate.processes() as (rank, world, device):
-        train(args, config, init, rank, world, device)
+        args = parse_arguments()
+        init = load_init(args.init) if args.init else None
+        train(args, configuration(args, init), init, rank, world, device)
 
 
 if __name__ == "__main__":
