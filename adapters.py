@@ -280,9 +280,11 @@ class GlobalShortcutTuning(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images, words, prior, stages, grid):
-        """Images (B, 3, S, S), words (B, L, D), prior (B, L + h*w, E) to F_out^M (B, out, h, w).
+        """Images (B, 3, S, S), words (B, L, text_width) and prior (B, L + h*w, embed) to F_out^M
+        (B, out_width, h, w).
 
-        `stages` are the vision tower's patch tokens (B, h*w, D) on the grid (h, w), one a block.
+        `stages` are the vision tower's patch tokens (B, h*w, vision_width) on the grid (h, w), one
+        a block.
         """
         x = self.patch(images)
         image_grid = x.shape[-2:]                   # this network's, until Eq. 8
@@ -313,7 +315,8 @@ def resized(tokens, grid, new_grid):
 # ---------------------------------------------------------------------------------------------
 
 class GatedCrossAttention(nn.Module):
-    """Tokens x (B, N, width) times what they find in the other tower's (B, M, width)."""
+    """Tokens x (B, N, width) times what they find in the other tower's (B, M, width), in x's
+    shape."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -337,11 +340,11 @@ class Bridge(nn.Module):
     with a 1x1 kernel that is the same layer with its weight transposed.
     """
 
-    def __init__(self, vision_width, text_width, width, heads, first):
+    def __init__(self, vision_width, text_width, width, heads, first_stage):
         super().__init__()
         self.patches_down = pointwise_bn_relu(vision_width, width)
         self.words_down = nn.Linear(text_width, width)
-        if not first:
+        if not first_stage:
             self.patches_norm, self.words_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.patches_read = GatedCrossAttention(width, heads)
         self.words_read = GatedCrossAttention(width, heads)
@@ -377,7 +380,8 @@ class KroneckerFactors(nn.Module):
 class KroneckerLinear(nn.Module):
     """A linear layer whose weight is the sum over i of A_i (x) B_i: 1/n of the numbers.
 
-    A_i and B_i start so that the weight has He et al.'s variance, 2 / width.
+    (..., width) to (..., out_width), both multiples of n. A_i and B_i start so that the weight has
+    He et al.'s variance, 2 / width.
     """
 
     def __init__(self, width, out_width, factors):
@@ -396,7 +400,7 @@ class KroneckerLinear(nn.Module):
 
 
 class CompacterAdapter(nn.Module):
-    """Compacter (Karimi Mahabadi et al., 2021), behind a block's MLP.
+    """Compacter (Karimi Mahabadi et al., 2021), behind a block's MLP: (B, N, width) to the same.
 
     A Houlsby adapter of Kronecker-factored layers, one a block as in that paper's Compacter++. The
     B_i are full matrices, as in its PHM-adapter: were they of rank 1, the 1.62 million of DCRIS
@@ -416,6 +420,7 @@ class CompacterAdapter(nn.Module):
 class LoRA(nn.Module):
     """Hu et al. (2021): a frozen linear layer, and beside it Up(Down(x)) without a ReLU.
 
+    (B, N, in_features) to (B, N, out_features).
     Where one layer stands for several `parts` (query, key and value), each has a pair of its own.
     That paper's constant factor alpha / rank is 1. Starts as the frozen layer: Up is zero.
     """
@@ -428,7 +433,7 @@ class LoRA(nn.Module):
         self.up = nn.Parameter(torch.zeros(parts, frozen.out_features // parts, rank))
 
     def forward(self, x):
-        low = F.linear(x, self.down.flatten(0, 1)).unflatten(-1, self.up.shape[::2])
+        low = F.linear(x, self.down.flatten(0, 1)).unflatten(-1, self.down.shape[:2])
         return self.frozen(x) + torch.einsum("bnpr,por->bnpo", low, self.up).flatten(2)
 
     def merged(self):

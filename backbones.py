@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -290,7 +291,7 @@ class ViT(nn.Module):
         stored = self.shape.grid
         if grid == (stored, stored):
             return self.position
-        first, patches = self.position[:, :1], self.position[:, 1:]
+        class_position, patches = self.position[:, :1], self.position[:, 1:]
         patches = patches.float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
         if self.old_positions:      # by the ratio of a grid a tenth of a patch larger
             patches = F.interpolate(patches, mode="bicubic",
@@ -298,7 +299,8 @@ class ViT(nn.Module):
         else:
             patches = F.interpolate(patches, grid, mode="bicubic",
                                     antialias=FORMS[self.shape.form].antialias)
-        return torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
+        patches = patches.flatten(2).transpose(1, 2).to(class_position.dtype)
+        return torch.cat([class_position, patches], dim=1)
 
     def angles(self, grid):
         """By how much EVA-02 turns queries and keys at every place of a grid; None for others.
@@ -362,8 +364,8 @@ class ViT(nn.Module):
 class TextTransformer(nn.Module):
     """CLIP's causal text transformer, and EVA-02-CLIP's, which differs by its activation.
 
-    Token ids are (B, L) with L up to 77. The end-of-text token has the highest id of the
-    vocabulary, which is how its place is found.
+    Token ids are (B, L) with L up to `shape.positions`. The end-of-text token has the highest id of
+    the vocabulary, which is how its place is found.
     """
 
     def __init__(self, shape):
@@ -621,6 +623,8 @@ def vision_tower(path, state):
               if ".freqs_" in name and layout.form == "eva"}
     width, _, _, patch = size("patch.weight", 4)
     positions = size("position", 3)[1]
+    if width % 64:
+        raise WeightsError(f"{path}: {width} channels cannot be shared by heads of 64")
     grid = math.isqrt(positions - 1)
     if grid == 0 or grid ** 2 != positions - 1:
         raise WeightsError(f"{path}: tensor {renamed('position', layout.names)} is misshapen: "
@@ -653,6 +657,8 @@ def text_tower(path, state):
     if layout.names is HF_CLIP_TEXT_NAMES:          # a text tower alone is saved without it
         state.setdefault("logit_scale", torch.zeros(()))
     vocabulary, width = size("embedding.weight", 2)
+    if width % 64:
+        raise WeightsError(f"{path}: {width} channels cannot be shared by heads of 64")
     shape = TextShape(
         width, depth=count_blocks(path, state, layout), heads=width // 64,
         embed=size("projection", 2)[1], vocabulary=vocabulary, positions=size("position", 2)[0],
@@ -661,10 +667,10 @@ def text_tower(path, state):
 
 
 def in_layout(path, kind, layouts, state):
-    """The tensors of one tower, in our shapes under the file's names, and their layout.
+    """The tensors of one tower that a file in one of the `layouts` holds: (state, layout, size).
 
-    And a function from our name of a tensor that must be there, with so many dimensions, to its
-    shape.
+    `state` has our shapes under the file's names; `size(name, n)` is the shape of the tensor that
+    we call `name`, which must be there with n dimensions.
     """
     layout = next((layout for layout in layouts if layout.mark in state), None)
     if layout is None:
@@ -761,6 +767,11 @@ def read_safetensors(path):
                            f"fetch it again") from None
 
 
+NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+                   for core in ("core", "_core")),
+                 np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64))]
+
+
 def read_file(path):
     """What torch.save wrote, without running any code, or the tensors of a TorchScript archive.
 
@@ -776,19 +787,25 @@ def read_file(path):
                     if archive.testzip():           # PyTorch does not look at the checksums
                         raise ValueError("a checksum is wrong, so it was damaged")
                     # A TorchScript archive holds its program under code/.
-                    if any("/code/" in name for name in archive.namelist()):
+                    code = [name for name in archive.namelist() if "/code/" in name]
+                    if any(b"__setstate__" in archive.read(name) for name in code):
+                        raise ValueError("its program would run on loading")
+                    if code:
                         return torch.jit.load(path, map_location="cpu").state_dict()
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Some programs keep a figure as a number of numpy's.
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(f"{path}: not a readable weight file: damaged, of another kind, or with "
                            f"objects in it that could run code, which are refused") from None
     except Exception as error:                      # each reader has exceptions of its own
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0].partition(", file")[0]
         raise WeightsError(f"{path}: not a readable weight file: {reason}; "
                            f"fetch it again") from None
 
 
 def count_blocks(path, state, layout):
+    """How many blocks the names of a tower's tensors speak of. WeightsError for a gap."""
     prefix = renamed("blocks.", layout.names).removesuffix(".")
     numbers = [int(match[1]) for match in
                (re.match(rf"{re.escape(prefix)}\.(\d{{1,4}})\.", name) for name in state) if match]
@@ -875,9 +892,11 @@ def download(name, folder="pretrained"):
     published = PUBLISHED[name]
     target = os.path.join(folder, published.file)
     part = f"{target}.part"
-    if os.path.exists(target):
+    if os.path.isfile(target):
         check_digest(target, published, "remove it to fetch it again")
         return target
+    if os.path.exists(target) or os.path.exists(folder) and not os.path.isdir(folder):
+        raise OSError(f"{target}: cannot be made, something of that name is in the way")
     os.makedirs(folder, exist_ok=True)
     here = os.path.getsize(part) if os.path.exists(part) else 0
     request = urllib.request.Request(
@@ -887,9 +906,14 @@ def download(name, folder="pretrained"):
             receive(response, file, here, published)
             os.fsync(file.fileno())
     except urllib.error.HTTPError as error:
-        if not (here and error.code == 416):        # nothing is left to send
-            raise OSError(f"{published.address}: {error}") from None
-    except (urllib.error.URLError, TimeoutError, http.client.HTTPException) as error:
+        whole = str(error.headers.get("Content-Range")).rpartition("/")[2]
+        if not (here and error.code == 416 and whole in (str(here), "None")):
+            raise OSError(f"{published.address}: {error}" + (
+                f"; {part} has {here} bytes of {whole}, remove it" if error.code == 416 else "")
+            ) from None
+        # else nothing was left to send
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException
+            ) as error:
         reason = getattr(error, "reason", None) or error
         raise OSError(f"{published.address}: {reason}; the same command goes on") from None
     check_digest(part, published, f"remove {part} and fetch it again")

@@ -1,6 +1,7 @@
 """From files to tensors: CLIP's tokenizer, REFER data sets, the letterbox, and drawn data.
 
     python data.py shapes DIR       draws the `shapes` data set into DIR/shapes
+    python data.py shapes-b DIR     draws the second domain into DIR/shapes-b
     python data.py check DIR        compares the data sets found in DIR with their published sizes
 
 A REFER data set is a folder `DATA/NAME` with `instances.json` (COCO's annotations) and
@@ -11,6 +12,7 @@ import argparse
 import functools
 import gzip
 import html
+import io
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ import re
 import shutil
 import sys
 import unicodedata
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +46,7 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------
 
 MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
+MOST_BYTES = 50_000_000                # of a vocabulary; CLIP\'s has 3.2 million
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's pattern, to be matched on `kinds(text)` in place of the text.
 PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|0|[^ a-z0]+")
@@ -116,13 +120,18 @@ class Tokenizer:
 
     def __init__(self, path):
         try:
-            raw = path if isinstance(path, bytes) else Path(path).read_bytes()
-            self.text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+            with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
+                packed = file.read(2) == b"\x1f\x8b"
+                file.seek(0)
+                raw = (gzip.GzipFile(fileobj=file) if packed else file).read(MOST_BYTES + 1)
+            if len(raw) > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES:,} bytes")
+            self.text = raw.decode("utf-8")
             lines = self.text.split("\n")
             pairs = [tuple(line.split()) for line in lines[1:MERGES + 1] if line.strip()]
             if "#version" not in lines[0] or any(len(pair) != 2 for pair in pairs):
                 raise ValueError("expected a #version line, then two symbols a line")
-        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             name = "the vocabulary" if isinstance(path, bytes) else path
             raise DataError(f"{name}: not a BPE vocabulary ({error})") from None
         symbols = list(byte_symbols().values())
@@ -175,10 +184,11 @@ def normalise(images):
     return (images.float() / 255 - mean) / std
 
 
-def read_photo(path):
-    """An RGB image of the stored pixels. DataError for what is none, cut short or absurdly large.
+def read_photo(path, upright=False):
+    """An RGB image. DataError for what is none, cut short or absurdly large.
 
-    EXIF rotation is not applied: COCO's polygons belong to the pixels as they are stored.
+    EXIF's rotation is applied only if it shall be `upright`, as a phone's photo should: COCO's
+    polygons belong to the pixels as they are stored.
     """
     try:
         with Image.open(path) as image:
@@ -190,7 +200,7 @@ def read_photo(path):
             if image.mode in ("I", "F"):
                 raise DataError(f"{path}: an image of 32-bit numbers, whose range is anybody's "
                                 f"guess; save it as 8 or 16 bits")
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except Image.DecompressionBombError as error:
@@ -206,15 +216,15 @@ def read_photo(path):
 def letterbox_place(width, height, size):
     """How a photo lies in its letterbox: scale, left, top.
 
-    Pixel (x, y) of the photo is at (left + scale * x, top + scale * y) of the square, in fractions
-    of a pixel, both counted between the pixels' centres, as in the authors' programs.
+    Pixel (x, y) of the photo lies at (left + scale * x, top + scale * y) of the square. Both count
+    from the centre of the first pixel, which is (0, 0), as the authors' cv2.warpAffine does.
     """
     scale = size / max(width, height)
     return scale, (size - scale * width) / 2, (size - scale * height) / 2
 
 
 def letterbox(image, size):
-    """A photo or mask, longer side resized to `size`, centred on a square.
+    """A photo or mask (PIL), longer side resized to `size`, centred on a square (PIL).
 
     The borders of a photo (mode RGB) are the mean colour, of a mask (mode L) zero. What would be
     thinner than a pixel is all border.
@@ -223,8 +233,8 @@ def letterbox(image, size):
     colour, resample = ((MEAN_COLOUR, Image.Resampling.BICUBIC) if image.mode == "RGB" else
                         (0, Image.Resampling.BILINEAR))
     square = Image.new(image.mode, (size, size), colour)
-    # Pixels of the square from `first` to `last` have their centres on the photo. Half a pixel
-    # beyond these lies the box of the photo that they show, perhaps a little outside of it.
+    # The square's pixels from `first` to `last` have their centres on the photo. They show `box` of
+    # it, which reaches up to half such a pixel over its edge, so it gets a margin.
     first = [max(0, math.ceil(at - scale / 2)) for at in corner]
     last = [min(size - 1, math.floor(at + scale * (side - 0.5)))
             for at, side in zip(corner, image.size)]
@@ -324,7 +334,7 @@ def locate(data, name):
     if len(chosen) != 1:
         splits = [f.name[5:-3] for f in files]
         raise DataError(
-            f"{folder}: no refs({split_by}).p; found: {', '.join(splits) or 'no refs(*).p'}"
+            f"{folder}: no refs({split_by or '*'}).p; found: {', '.join(splits) or 'none'}"
             if not chosen else
             f"{folder}: several refs files; name one: "
             f"{', '.join(f'{folder.name}-{s}' for s in splits)}")
@@ -761,8 +771,8 @@ def draw_shapes(data, scenes=SCENES, seed=0, name="shapes"):
     """
     domain = DOMAINS[name]
     folder, draft = Path(data) / name, Path(data) / f"{name}.{os.getpid()}.tmp"
-    (draft / "images").mkdir(parents=True)
     try:
+        (draft / "images").mkdir(parents=True)
         images, annotations, refs = [], [], []
         todo = [split for split, number in scenes.items() for _ in range(number)]
         for image_id, split in enumerate(tqdm(todo, desc=f"drawing {name}", unit="scene"), 1):

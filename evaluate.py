@@ -13,7 +13,7 @@ expressions whose IoU is above 0.5. They differ by several points: compare like 
 From logits to figures, step by step as in the released programs of CRIS, ETRIS and DETRIS:
 
 1. sigmoid, in single precision;
-2. bicubic interpolation from the logits' side s to the photo's side S, corner on corner
+2. bicubic interpolation from the logits' side s to the letterbox's side S, corner on corner
    (align_corners=True). Pixel i of the logits comes to i * (S - 1) / (s - 1), while in training it
    answered for i * S / s (`loss`), so a mask drifts by up to a pixel of the logits towards the
    lower right. Kept, as every published figure contains it;
@@ -24,8 +24,9 @@ From logits to figures, step by step as in the released programs of CRIS, ETRIS 
 5. intersection and union with the annotation at the photo's own size. They add 1e-6 to the union,
    and read the annotation from a PNG that was made of the same polygons beforehand.
 
-What differs comes before the logits: the photo is made smaller with a filter as wide as the step
-(PIL), theirs (cv2.warpAffine) takes four pixels however many lie between. The places are the same.
+What differs comes before the logits: which pixel lies where is the same, but PIL's bicubic filter
+widens where it makes a photo smaller (no aliasing) and has a = -0.5, while cv2.warpAffine reads 4x4
+pixels whatever the scale, with a = -0.75.
 """
 
 import argparse
@@ -130,10 +131,17 @@ def singled_out(photo, mask):
 
 
 def predict(net, tokenizer, photo, text, device, dtype=None):
-    """The mask (bool, numpy) of what `text` means in an RGB photo, at the photo's own size."""
+    """The mask (bool, numpy) of what `text` means in an RGB photo, at the photo's own size.
+
+    `device`, a torch.device, is the one that `net` is on.
+    """
     if not data.clean(text):
         raise data.DataError("the expression is empty; say which thing is meant")
     net.eval()
+    pieces = len(tokenizer.encode(text))
+    if pieces > net.config.length - 2:
+        print(f"the expression has {pieces} pieces, of which {net.config.length - 2} are read",
+              file=sys.stderr)
     image = data.to_tensor(data.letterbox(photo, net.config.image_size))
     square = probabilities(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
     return (data.unletterbox(square, *photo.size) > THRESHOLD).cpu().numpy()
@@ -217,16 +225,18 @@ def save_picture(picture, path):
         picture.save(file, PICTURES[Path(path).suffix.lower()])
 
 
-def check_outputs(pictures, others, photo=None):
-    """DataError, before any work is done, for an output (Path) that could not be written."""
-    taken = {Path(photo).resolve()} if photo else set()
+def check_outputs(pictures, others, inputs):
+    """DataError, before any work is done, for an output (Path) that could not be written, or only
+    over one of the `inputs`."""
+    taken = {Path(path).resolve() for path in inputs if path}
     for path in (*pictures, *others):
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        if (path.exists() and not path.is_file() or not path.parent.is_dir()
+                or not os.access(path.parent, os.W_OK)):
             raise data.DataError(f"{path}: not a file in a folder that can be written to")
         if path in pictures and path.suffix.lower() not in PICTURES:
             raise data.DataError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
         if path.resolve() in taken:
-            raise data.DataError(f"{path}: would be written over another picture of this call")
+            raise data.DataError(f"{path}: would be written over another file of this call")
         taken.add(path.resolve())
 
 
@@ -353,10 +363,11 @@ def load_checkpoint(path, args, device):
     """
     checkpoint = model.read_checkpoint(path)
     net = model.restore(path, checkpoint, args.vision_weights, args.text_weights).to(device)
-    vocabulary = model.find_published("vocabulary", args.vocabulary) if (
-        args.vocabulary or "text" not in checkpoint["vocabulary"]) else (
-        str(checkpoint["vocabulary"]["text"]).encode())
-    facts = {"preset": checkpoint["run"].get("preset", net.config.method),
+    text = checkpoint["vocabulary"].get("text")
+    vocabulary = (model.find_published("vocabulary", args.vocabulary)
+                  if args.vocabulary or text is None else text.encode())
+    released = "released " if "released" in checkpoint else ""
+    facts = {"preset": checkpoint["run"].get("preset", released + net.config.method),
              "tuned": model.count(net)["tuned"], "dataset": checkpoint["run"].get("dataset"),
              "seconds": checkpoint.get("seconds")}
     return net, make_tokenizer(vocabulary, net.config), facts
@@ -374,7 +385,7 @@ def make_tokenizer(vocabulary, config):
 
 def predict_one(args, device, dtype):
     """--image and --text: one photo, one sentence, one mask."""
-    photo = data.read_photo(args.image)
+    photo = data.read_photo(args.image, upright=True)
     net, tokenizer, _ = load_checkpoint(args.ckpt[0], args, device)
     mask = predict(net, tokenizer, photo, args.text, device, dtype)
     output = Path(args.output)
@@ -391,7 +402,17 @@ def mask_path(output):
 
 
 def evaluate_all(args, rank, world, device, dtype):
+    """Evaluates all checkpoints. What is done when one of them fails is reported nevertheless."""
     results, about = {}, {}
+    try:
+        evaluate_each(args, rank, world, device, dtype, results, about)
+    finally:
+        if rank == 0 and results:
+            report(results, about, args.json)
+
+
+def evaluate_each(args, rank, world, device, dtype, results, about):
+    """Fills {checkpoint: {split: metrics}} and {checkpoint: facts for the table}."""
     for path in args.ckpt:
         net, tokenizer, facts = load_checkpoint(path, args, device)
         name = args.dataset or facts["dataset"]
@@ -419,8 +440,6 @@ def evaluate_all(args, rank, world, device, dtype):
                       file=sys.stderr)
             if args.panel and place == 0 and rank == 0:
                 save_picture(panel(net, dataset, device, dtype), args.panel)
-    if rank == 0:
-        report(results, about, args.json)
 
 
 def report(results, about, json_path):
@@ -474,13 +493,16 @@ def parse_arguments():
     one_photo = [args.image, args.text, args.output]
     if any(a is not None for a in one_photo) and (None in one_photo or len(args.ckpt) > 1):
         parser.error("one photo takes --image, --text, --output and a single --ckpt")
+    if args.image and (args.json or args.panel or args.split or args.dataset):
+        parser.error("--json, --panel, --split and --dataset have no meaning for one photo")
     if args.panel and len(args.ckpt) > 1:
         parser.error("--panel shows a single --ckpt")
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size is at least 1, --workers at least 0")
     outputs = [Path(path) for path in (args.panel, args.output) if path is not None]
     check_outputs([*outputs, *([mask_path(Path(args.output))] if args.output else [])],
-                  [Path(args.json)] if args.json else [], args.image)
+                  [Path(args.json)] if args.json else [],
+                  [args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary])
     return args
 
 

@@ -146,12 +146,14 @@ PRESETS |= {
 }
 
 
+ODD = Config.visual_adapter_layers
+
+
 def adapters_at(visual, text):
     return {"visual_adapter_layers": visual, "text_adapter_layers": text}
 
 
 # Rows of the table: preset, overrides, millions of tuned parameters as the papers print them.
-ODD = (1, 3, 5, 7, 9, 11)
 TABLE = [
     ("full", {}, 149.97), ("fixed", {}, 0.00), ("houlsby", {}, 1.98), ("compacter", {}, 1.62),
     ("lora", {}, 1.57), ("etris-dino", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
@@ -174,8 +176,9 @@ class DCRIS(nn.Module):
     Frozen DINOv2 with DenseCross adapters, frozen CLIP text tower with text adapters, and the head.
     """
 
+    # Fields of Config that play a part here; other methods may lack them.
     own_fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
-                  "text_adapter_rank", "text_convolutions")     # of Config; others may lack them
+                  "text_adapter_rank", "text_convolutions", "old_positions")
     projects = False                        # whether CLIP's projection of the photo is used
 
     @staticmethod
@@ -199,7 +202,7 @@ class DCRIS(nn.Module):
             str(i): DenseCrossAdapter(vision.shape.width, config.visual_adapter_rank,
                                       text.shape.width, config.dropout)
             for i in config.visual_adapter_layers})
-        self.head = dcris_head(config, vision, text)
+        self.head = make_head(config, text, 3 * [vision.shape.width], residual=True)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
@@ -210,11 +213,10 @@ class DCRIS(nn.Module):
     def text_branch(self, tokens):
         """Token ids (B, L) to words f_t (B, L, D) and sentence f_s (B, E)."""
         x = self.text.embed(tokens)
+        attached = {int(i): Attached(mlp_shortcut=adapter)
+                    for i, adapter in self.text_adapters.items()}
         for i, block in enumerate(self.text.blocks):
-            attached = backbones.NOTHING
-            if str(i) in self.text_adapters:
-                attached = Attached(mlp_shortcut=self.text_adapters[str(i)])
-            x = block(x, attached)
+            x = block(x, attached.get(i, backbones.NOTHING))
         return self.text.final(x, tokens)
 
     def image_branch(self, images, words):
@@ -225,12 +227,13 @@ class DCRIS(nn.Module):
         return feature_maps(self.vision, images, self.config.features, attached)
 
 
-def dcris_head(config, vision, text):
-    return Head(3 * [vision.shape.width], text.shape.width, text.shape.embed, config.head_width,
-                config.head_heads, config.head_layers, config.dropout, residual=True)
+def make_head(config, text, widths, residual):
+    """The head on maps of these three widths. The neck's residual is DCRIS's alone."""
+    return Head(widths, text.shape.width, text.shape.embed, config.head_width, config.head_heads,
+                config.head_layers, config.dropout, residual)
 
 
-def feature_maps(vision, images, wanted, attached={}):
+def feature_maps(vision, images, wanted, attached):
     """Images to the maps (B, D, S/P, S/P) after the blocks `wanted` and after the final norm.
 
     `attached`: number of a block -> what a tuning method attaches to it.
@@ -290,9 +293,8 @@ class BarLeRIa(nn.Module):
             queries=config.global_queries, rank=config.intertwined_rank,
             patch=config.global_patch, side=config.image_size // config.global_patch,
         ) if config.global_blocks else None
-        self.head = Head([visual_width, visual_width, vision.projected_width], text_width, embed,
-                         config.head_width, config.head_heads, config.head_layers, config.dropout,
-                         residual=False)
+        self.head = make_head(config, text, [visual_width, visual_width, vision.projected_width],
+                              residual=False)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
@@ -303,10 +305,10 @@ class BarLeRIa(nn.Module):
                     for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
         if self.global_branch is not None:
-            first = self.vision.prefix
-            prior = global_prior(self.text.project(words), projected[:, first:], padding)
+            prefix = self.vision.prefix
+            prior = global_prior(self.text.project(words), projected[:, prefix:], padding)
             step = len(after_block) // self.config.global_blocks    # 3: blocks 3, 6, 9, 12 from 1
-            stages = [x[:, first:] for x in after_block[step - 1::step]]
+            stages = [x[:, prefix:] for x in after_block[step - 1::step]]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
         return self.head(features, words, sentence, padding, shortcut)
 
@@ -322,7 +324,7 @@ class BarLeRIa(nn.Module):
         ratio = len(self.vision.blocks) // len(self.text.blocks)
         after_block = []
         for i, text_block in enumerate(self.text.blocks):
-            word_guests, class_guest = x[:, :0], words[:, :0]               # nobody
+            word_guests, class_guest = x[:, :0], words[:, :0]       # no guests on either side
             if self.intertwiner is not None:
                 word_guests, class_guest = self.intertwiner(words, x[:, :1])
             for j in range(ratio * i, ratio * (i + 1)):
@@ -343,6 +345,7 @@ def flow_pairs(tower, wanted, steps):
 def with_guests(block, x, guests, index, flows, angles=None):
     """One block over x (B, N, D) and guests (B, G, D) in front of x[:, index], who then leave.
 
+    `flows`: none, or one each for the block's shortcuts, in the order of `Attached`.
     In the vision tower words stand between class token and image (padding, too); in the text tower
     the class token stands first, so that under the causal mask every word sees it.
     """
@@ -377,15 +380,15 @@ class ETRIS(nn.Module):
         visual_width, text_width = vision.shape.width, text.shape.width
         self.visual_flows = flow_pairs(vision, config.visual_flows, config.flow_steps)
         self.bridges = nn.ModuleList(
-            Bridge(visual_width, text_width, config.bridge_width, config.bridge_heads, first=i == 0)
+            Bridge(visual_width, text_width, config.bridge_width, config.bridge_heads,
+                   first_stage=i == 0)
             for i in range(config.bridges))
-        self.head = Head([visual_width, visual_width, vision.projected_width], text_width,
-                         text.shape.embed, config.head_width, config.head_heads,
-                         config.head_layers, config.dropout, residual=False)
+        self.head = make_head(config, text, [visual_width, visual_width, vision.projected_width],
+                              residual=False)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
-        grid, first = self.vision.grid(images), self.vision.prefix
+        grid, prefix = self.vision.grid(images), self.vision.prefix
         x, words = self.vision.embed(images), self.text.embed(tokens)
         angles, entered, after_block = self.vision.angles(grid), None, []
         visual_step, text_step = (len(tower.blocks) // len(self.bridges)
@@ -396,8 +399,8 @@ class ETRIS(nn.Module):
                 after_block.append(x)
             for block in self.text.blocks[text_step * i:text_step * (i + 1)]:
                 words = block(words)
-            patches, words, entered = bridge(x[:, first:], words, entered)
-            after_block[-1] = x = torch.cat([x[:, :first], patches], dim=1)
+            patches, words, entered = bridge(x[:, prefix:], words, entered)
+            after_block[-1] = x = torch.cat([x[:, :prefix], patches], dim=1)
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
             *(after_block[i] for i in self.config.features),
@@ -442,12 +445,12 @@ class UniModal(nn.Module):
             for block in text.blocks:
                 wrap_linears(block.attention, lambda layer: LoRA(
                     layer, rank, parts=layer.out_features // layer.in_features))
-        self.head = dcris_head(config, vision, text)
+        self.head = make_head(config, text, 3 * [vision.shape.width], residual=True)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         words, sentence = self.text(tokens)
-        features = feature_maps(self.vision, images, self.config.features)
+        features = feature_maps(self.vision, images, self.config.features, {})
         return self.head(features, words, sentence, after_end(tokens))
 
 
@@ -487,6 +490,10 @@ def configure(name, **overrides):
     return config
 
 
+MOST = {"image_size": 4096, "length": 1000, "flow_steps": 100, "global_patch": 4096, "bridges": 100,
+        "head_layers": 100, "batch_size": 10**6, "lr": 1e3, "epochs": 10**6, "decay_epoch": 10**6}
+
+
 def check(config):
     """Raises ConfigError, naming the field, for a configuration that no model can have."""
     for field in fields(Config):
@@ -507,18 +514,11 @@ def check(config):
     if vision.embed and not method.projects and (config.train_towers or config.method == "full"):
         raise ConfigError(f"method {config.method} would leave the projection of {config.vision} "
                           f"without use, so it cannot learn; take a tower of DINOv2's form")
-    for field, most in (("image_size", 4096), ("length", 1000), ("visual_adapter_rank", 8192),
-                        ("text_adapter_rank", 8192), ("flow_steps", 100),
-                        ("intertwined_rank", 8192), ("global_width", 8192),
-                        ("global_heads", 8192), ("global_queries", 8192), ("global_patch", 4096),
-                        ("bridges", 100), ("bridge_width", 8192), ("bridge_heads", 8192),
-                        ("tuner_rank", 8192),
-                        ("head_width", 8192), ("head_heads", 8192), ("head_layers", 100),
-                        ("batch_size", 10**6), ("lr", 1e3), ("epochs", 10**6),
-                        ("decay_epoch", 10**6)):
-        if not 0 < getattr(config, field) <= most:
-            raise ConfigError(f"{field} is {getattr(config, field)}; it must be above 0 and at "
-                              f"most {most}")
+    for field in fields(Config):
+        value, most = getattr(config, field.name), MOST.get(field.name, 8192)
+        if type(field.default) in (int, float) and field.name not in ("dropout", "global_blocks") \
+                and not 0 < value <= most:
+            raise ConfigError(f"{field.name} is {value}; it must be above 0 and at most {most}")
     if config.image_size % vision.patch or config.image_size == vision.patch:
         near = max(2, round(config.image_size / vision.patch)) * vision.patch
         raise ConfigError(f"image_size {config.image_size} is no multiple (twice or more) of the "
@@ -570,9 +570,8 @@ def assemble(config, vision_weights=None, text_weights=None, init=None):
                 raise WeightsError(f"{path} holds {tower.shape}, but {kind} = "
                                    f"{getattr(config, kind)} means {expected}")
         if init is not None:
-            backbones.fill(tower, {name.removeprefix(f"{kind}."): tensor
-                                   for name, tensor in init[1]["tensors"].items()
-                                   if name.startswith(f"{kind}.")}, init[0])
+            backbones.fill(tower, {name: tensor for name, tensor in init[1]["tensors"].items()
+                                   if name.startswith(f"{kind}.")}, init[0], [("^", f"{kind}.")])
         towers[kind] = freeze(tower)
     model = wire(config, **towers)
     model.sources = sources
@@ -608,8 +607,9 @@ def find_published(name, path=None):
     published = PUBLISHED[name]
     path = Path(path) if path is not None else PRETRAINED / published.file
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; {name} is published as {published.file} "
-                                f"at {published.address}; put it into {PRETRAINED}/")
+        raise FileNotFoundError(f"{path}: no such file; `python backbones.py download {name}` "
+                                f"fetches it; it is published as {published.file} at "
+                                f"{published.address}")
     return path
 
 
@@ -685,8 +685,9 @@ def read_checkpoint(path):
             raise WeightsError(f"{path}: not a file that `model.py export` wrote") from None
     else:
         checkpoint = backbones.read_file(path)
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
-        return {"released": checkpoint["state_dict"], "run": {}, "vocabulary": {}}
+    released = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if isinstance(released, dict) and all(isinstance(name, str) for name in released):
+        return {"released": released, "run": {}, "vocabulary": {}}
     if not isinstance(checkpoint, dict) or not all(
             isinstance(checkpoint.get(part), dict) for part in ("config", "towers", "tensors")):
         raise WeightsError(f"{path}: not a checkpoint of this project (config, towers, tensors)")
@@ -697,6 +698,13 @@ def read_checkpoint(path):
     for part in ("run", "vocabulary"):      # train.py's additions
         if not isinstance(checkpoint.setdefault(part, {}), dict):
             raise WeightsError(f"{path}: its {part} is not a table")
+    text, seconds = checkpoint["vocabulary"].get("text", ""), checkpoint.get("seconds", 0.0)
+    if not (all(isinstance(name, str) for name in checkpoint["tensors"])
+            and isinstance(text, str) and isinstance(seconds, (int, float))
+            and all(isinstance(checkpoint["run"].get(fact, ""), str)
+                    for fact in ("preset", "dataset"))):
+        raise WeightsError(f"{path}: the names of its tensors, its vocabulary, preset, data set or "
+                           f"seconds are of a wrong type")
     return checkpoint
 
 
@@ -746,8 +754,14 @@ def export(checkpoint_path, out):
     OUT.pt is a checkpoint as `save` writes it; OUT.safetensors holds the same tensors, and the rest
     as JSON in its metadata. Both load again. Raises WeightsError, OSError.
     """
+    if os.path.exists(out) and os.path.samefile(checkpoint_path, out):
+        raise OSError(f"{out}: would be written over what it is made of")
     checkpoint = read_checkpoint(checkpoint_path)
     net = restore(checkpoint_path, checkpoint)
+    odd = [name for name in (net.config.vision, net.config.text) if name.startswith("released-")]
+    if odd:
+        raise WeightsError(f"{checkpoint_path}: without its tower {odd[0]}, which was published "
+                           f"nowhere else, it could not be loaded again")
     kept = {part: checkpoint[part] for part in ("run", "vocabulary")}
     if not str(out).endswith(".safetensors"):
         return save(out, net, **kept)
@@ -808,7 +822,8 @@ def restore_released(path, state):
     """A model in eval mode from the tensors of a released DETRIS or ETRIS checkpoint.
 
     Every width, rank, layer and grid is read off the names and shapes. Not in the files, and taken
-    as in the authors' configurations: 8 heads, the photo's size (448 and 416 pixels), 17 tokens.
+    as in the authors' configurations: 8 heads, heads of 64 in the towers, the photo's size (448 and
+    416 pixels), 17 tokens, the blocks whose maps the head takes.
     """
     backbones.check_plain(path, state)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -873,30 +888,35 @@ def in_our_shapes(state, own):
     """The released tensors with two things undone: attention to one key, transposed convolutions.
 
     Of the neck's attentions only values and outputs have an effect (`head.Gate`). ETRIS's 1x1
-    convolutions are two-dimensional, and one in each stage is transposed.
+    convolutions are two-dimensional, and one in each stage is transposed; one of the neck's may be,
+    where its shape says so.
     """
     out = {}
     for name, tensor in state.items():
         if re.match(r"neck\.fusion\d\.multihead_attn\.in_proj_(weight|bias)", name):
-            out[name.replace("in_proj_", "value.")] = tensor[len(tensor) // 3 * 2:]
+            out[name.replace("in_proj_", "value.")] = (
+                tensor[len(tensor) // 3 * 2:] if tensor.ndim else tensor)
         else:
             out[name] = tensor
     for name, tensor in own.items():
         theirs = backbones.renamed(name, RELEASED_NAMES)
-        if theirs in out and tensor.ndim == 3 and out[theirs].ndim == 4:
-            stored = out[theirs].flatten(2)
-            out[theirs] = stored if stored.shape == tensor.shape else stored.transpose(0, 1)
+        if theirs not in out or out[theirs].ndim != 4:
+            continue
+        stored = out[theirs].flatten(2) if tensor.ndim == 3 else out[theirs]
+        swapped = stored.shape[2:].numel() == 1 and stored.shape[:2] == tensor.shape[1::-1]
+        out[theirs] = stored.transpose(0, 1) if swapped and (
+            stored.shape != tensor.shape) else stored
     return out
 
 
 def released_size(usual, vision):
-    """The size of photos of the authors' configuration, or that of the positions."""
+    """The authors' size of photos where the patch divides it, else that of the positions."""
     patch = vision.shape.patch
     return usual if usual % patch == 0 else vision.shape.grid * patch
 
 
 def shape_name(table, shape):
-    """The name of a tower's shape in VISION or TEXT; one that is not there is given a name."""
+    """The name of a tower's shape in VISION or TEXT; a new one is entered there, for `check`."""
     for name, known in table.items():
         if known == shape:
             return name

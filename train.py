@@ -272,8 +272,15 @@ class Trainer:
         progress = self.progress
         batches.epoch, batches.step = progress.epoch, progress.step
         steps = progress.step + len(batches) // self.pieces
+        # Dropout, too, depends on the place in the run and the process alone.
+        torch.manual_seed((self.seed * 100_003 + progress.epoch) * 1009 + self.rank
+                          + 104_729 * progress.step)
         samples, reports, stop, saved = iter(loader), deque(), False, True
-        self.set_random()
+        if progress.step and len(self.random) == self.world:
+            host, on_device = self.random[self.rank]
+            torch.set_rng_state(host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.device)
         self.net.train()
         begun = time.time() - progress.seconds
         with Stops() as stops, tqdm(initial=progress.step, total=steps, unit="step", desc=name,
@@ -299,17 +306,6 @@ class Trainer:
                 if self.world > 1:
                     dist.barrier()      # nobody leaves before the first process has saved
                 sys.exit(128 + (stops.wish or signal.SIGTERM))
-
-    def set_random(self):
-        """Random numbers as they come at this place of the run, in every process; for dropout."""
-        if self.progress.step and len(self.random) == self.world:
-            host, device = self.random[self.rank]
-            torch.set_rng_state(host)
-            if device is not None:
-                torch.cuda.set_rng_state(device, self.device)
-        else:
-            torch.manual_seed((self.seed * 100_003 + self.progress.epoch) * 1009 + self.rank
-                              + 104_729 * self.progress.step)
 
     def from_all(self, thing):
         """What each process has for `thing`, as a list, in all of them."""
@@ -409,7 +405,23 @@ def newest_whole(out):
             print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
 
 
+def find_towers(args, config, init):
+    """The paths of both towers' files, None for those that come from none.
+
+    Raises ConfigError where a tower would be frozen that comes from nowhere.
+    """
+    if init or args.random_towers:
+        return None, None
+    paths = model.find_weights(config, args.vision_weights, args.text_weights)
+    if None in paths and not (config.train_towers or config.method == "full"):
+        raise model.ConfigError(
+            f"preset {args.preset} keeps its towers as they are, but there is no file of one: "
+            f"--init CKPT takes both from a trained run such as runs/shapes/best.pt")
+    return paths
+
+
 def draw_if_missing(args):
+    """Draws the data set if it is one to be drawn and not there."""
     if args.dataset in data.DOMAINS and not (Path(args.data) / args.dataset).exists():
         data.draw_shapes(args.data, name=args.dataset)
 
@@ -468,19 +480,11 @@ def load_init(path):
     return path, checkpoint
 
 
-def load_model(args, config, init, run, path):
+def load_model(args, config, towers, init, run, path):
     """A fresh model and None, or the one to go on with and its checkpoint, of `path`."""
     torch.manual_seed(args.seed)
     if path is None:
-        weights = (None, None) if init or args.random_towers else model.find_weights(
-            config, args.vision_weights, args.text_weights)
-        net = model.assemble(config, *weights, init)
-        for kind, tower in (("vision", net.vision), ("text", net.text)):
-            if tower.frozen and not (init or args.random_towers or net.sources[kind]):
-                raise model.ConfigError(
-                    f"preset {args.preset} keeps its {kind} tower as it is, but that comes from "
-                    f"nowhere: --init CKPT takes it from a trained run such as runs/shapes/best.pt")
-        return net, None
+        return model.assemble(config, *towers, init), None
     checkpoint = model.read_checkpoint(path)
     if not {"progress", "random", "optimizer", "scaler"} <= checkpoint.keys():
         raise model.WeightsError(f"{path}: not the last.pt of a run (progress, random, optimizer, "
@@ -500,10 +504,13 @@ def train(args, config, init, rank, world, device):
     dtype = evaluate.precision_type(args.precision, device)
     out = from_first(lambda: run_folder(args), rank, world)
     path = from_first(lambda: newest_whole(out), rank, world)
+    towers = find_towers(args, config, init)
+    if config.text in model.PUBLISHED:
+        find_vocabulary(args, config, init)     # what is missing is better said before the work
     from_first(lambda: draw_if_missing(args), rank, world)
     tokenizer, train_set, val_set = load_data(args, config, init, rank)
     run = describe_run(args, init, dtype, train_set)
-    net, checkpoint = load_model(args, config, init, run, path)
+    net, checkpoint = load_model(args, config, towers, init, run, path)
     trainer = Trainer(net.to(device), config, args.seed, rank, world, device, dtype, pieces)
     if checkpoint:
         trainer.restore(path, checkpoint)
@@ -634,7 +641,8 @@ def parse_arguments():
                         help="towers without their weights, e.g. to try out a machine")
     evaluate.add_shared_arguments(parser)
     group = parser.add_argument_group("fields of the configuration",
-                                      "default: the preset's; model.Config says what each is")
+                                      "default: the preset's; model.Config says what each is. "
+                                      "A list of layers without a number switches adapters off")
     types_of = typing.get_type_hints(model.Config)
     for name in (f.name for f in fields(model.Config)):
         kind, flag = types_of[name], "--" + name.replace("_", "-")
