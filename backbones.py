@@ -784,6 +784,9 @@ def read_file(path):
             warnings.simplefilter("ignore")         # about TorchScript's age, or a foreign pickle
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
+                    unpacked = sum(part.file_size for part in archive.infolist())
+                    if unpacked > 4 * os.path.getsize(path) + 2**24:
+                        raise ValueError("it would unpack to many times its size")
                     if archive.testzip():           # PyTorch does not look at the checksums
                         raise ValueError("a checksum is wrong, so it was damaged")
                     # A TorchScript archive holds its program under code/.

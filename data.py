@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import unicodedata
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -51,9 +52,16 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's pattern, to be matched on `kinds(text)` in place of the text.
 PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|0|[^ a-z0]+")
 
+LONGEST = 2_000             # characters of an expression
+
 
 def clean(text):
-    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), only plain spaces."""
+    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), only plain spaces.
+
+    DataError for an absurdly long text: to merge a word of n letters takes n squared steps.
+    """
+    if len(text) > LONGEST:
+        raise DataError(f"an expression of {len(text):,} characters; at most {LONGEST:,} are read")
     text = html.unescape(html.unescape(text)).strip()
     return "".join(" " if is_space(c) else c for c in text).lower()
 
@@ -175,7 +183,8 @@ class Tokenizer:
 MEAN = (0.48145466, 0.4578275, 0.40821073)          # CLIP's, also for DINOv2, as the authors did
 STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
-MOST_PIXELS = 100_000_000
+MOST_PIXELS = 64_000_000
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")     # none runs programs
 
 
 def normalise(images):
@@ -191,7 +200,10 @@ def read_photo(path, upright=False):
     polygons belong to the pixels as they are stored.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # seen to here
+            image = Image.open(path, formats=PHOTO_FORMATS)
+        with image:
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(f"{path}: {image.width}x{image.height} pixels; at most "
                                 f"{MOST_PIXELS:,} are read, make it smaller")
@@ -306,8 +318,21 @@ class Ref(NamedTuple):
     sentences: tuple
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings, numbers, and nothing else: a pickle can name any program."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads lists, dicts, strings, numbers, and nothing else: a pickle can name any program.
+
+    The unpickler written in C would take memory for every number that a file gives to an object. A
+    tuple becomes a list, which is no key of a dict: to hash one that holds itself can take forever.
+    """
+    def listed(count):
+        def load(self):
+            self.stack[-count:] = [self.stack[-count:]]
+        return load
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.TUPLE[0]: pickle._Unpickler.load_list,
+                pickle.EMPTY_TUPLE[0]: pickle._Unpickler.load_empty_list,
+                pickle.TUPLE1[0]: listed(1), pickle.TUPLE2[0]: listed(2),
+                pickle.TUPLE3[0]: listed(3)}
 
     def find_class(self, module, name):
         raise DataError(f"it asks for {module}.{name}, which could run code; a refs file holds "
@@ -346,14 +371,28 @@ def load_refs_file(path):
         with open(path, "rb") as file:
             refs = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{path}: {one_line(error)}") from None
     except OSError:
         raise
     except Exception as error:          # a damaged pickle can raise nearly anything
-        raise DataError(f"{path}: not a readable pickle ({error!r})") from None
+        raise DataError(f"{path}: not a readable pickle ({one_line(repr(error))})") from None
     if not isinstance(refs, list):
         raise DataError(f"{path}: holds a {type(refs).__name__} where a list of refs is expected")
     return refs
+
+
+def one_line(message):
+    """What can be shown of a message that quotes a file, in which anything may stand."""
+    return "".join(c if c.isprintable() else "?" for c in str(message)[:300])
+
+
+def by_id(entries):
+    """Entries by their id; None for an id that two different entries have."""
+    table = {}
+    for entry in entries:
+        if table.setdefault(entry["id"], entry) is not entry and table[entry["id"]] != entry:
+            table[entry["id"]] = None
+    return table
 
 
 def load_instances(path):
@@ -361,10 +400,10 @@ def load_instances(path):
     try:
         with open(path, encoding="utf-8") as file:
             instances = json.load(file)
-        return ({image["id"]: image for image in instances["images"]},
-                {annotation["id"]: annotation for annotation in instances["annotations"]})
+        return by_id(instances["images"]), by_id(instances["annotations"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not COCO annotations ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path}: not COCO annotations ({type(error).__name__}: "
+                        f"{one_line(error)})") from None
 
 
 @functools.lru_cache(maxsize=len(MIXED))
@@ -388,8 +427,8 @@ def read_refs(data, name, skip_broken=False):
             if not skip_broken:
                 what = (error if isinstance(error, DataError) else
                         f"no {error}" if isinstance(error, KeyError) else f"not a ref ({error})")
-                raise DataError(f"{path}, entry {place}: {what}; --skip-broken leaves such "
-                                f"entries out") from None
+                raise DataError(f"{path}, entry {place}: {one_line(what)}; --skip-broken leaves "
+                                f"such entries out") from None
             skipped += 1
         else:
             splits.setdefault(entry["split"], []).append(ref)
@@ -401,9 +440,10 @@ def photo_folder(folders, images):
     names = [str(image["file_name"]) for image in list(images.values())[:20]
              if isinstance(image, dict) and "file_name" in image]
     for folder in folders:
-        if any(os.path.isfile(folder / name[:255]) for name in names):
+        if any(os.path.isfile(f"{folder}/{name[:255]}") for name in names):
             return folder
-    raise DataError(f"no images: none of {', '.join(names[:3]) or '(no file_name)'}, ... is in "
+    some = one_line(", ".join(names[:3])) or "(no file_name)"
+    raise DataError(f"no images: none of {some}, ... is in "
                     f"{', '.join(map(str, folders))}; {WHERE}")
 
 
@@ -411,14 +451,21 @@ def read_ref(entry, images, annotations, photos, present):
     """The Ref of one entry of a refs file."""
     # The ref's own file_name carries an annotation's suffix: the image goes by its id.
     ref_id, image_id, ann_id = (entry[key] for key in ("ref_id", "image_id", "ann_id"))
+    if not all(isinstance(key, (int, str)) for key in (ref_id, image_id, ann_id)):
+        raise DataError("ref_id, image_id or ann_id is neither a number nor a name")
     if ann_id not in annotations:
         raise DataError(f"ref {ref_id}: annotation {ann_id} is not in instances.json")
     if image_id not in images:
         raise DataError(f"ref {ref_id}: image {image_id} is not in instances.json")
+    if annotations[ann_id] is None or images[image_id] is None:
+        raise DataError(f"ref {ref_id}: instances.json has several images {image_id}, or "
+                        f"annotations {ann_id}")
     image, segmentation = images[image_id], annotations[ann_id].get("segmentation")
     if not segmentation:
         raise DataError(f"ref {ref_id}: annotation {ann_id} has no mask")
     name, width, height = image["file_name"], image["width"], image["height"]
+    if len(name) > 255:
+        raise DataError(f"image {image_id}: a file_name of {len(name)} characters")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"image {image_id}: file_name {name!r} leads out of the image folder")
     if not (isinstance(width, int) and isinstance(height, int)
@@ -453,7 +500,7 @@ def read_split(data, name, split, skip_broken=False, keep_leaks=False):
         joined = [ref for ref in joined if ref.image_id not in held_out]
     if not joined:
         raise DataError(f"{name} in {data} has no split {split!r}; found: "
-                        f"{', '.join(sorted(found)) or 'none'}")
+                        f"{one_line(', '.join(sorted(found))) or 'none'}")
     return joined, skipped
 
 
@@ -513,8 +560,8 @@ def decode_mask(ref):
             raise DataError("an empty mask")
     except (DataError, KeyError, TypeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"ref {ref.id} of {ref.image}, {ref.width}x{ref.height}: unusable "
-                        f"segmentation in instances.json ({what})") from None
+        raise DataError(f"ref {one_line(ref.id)} of {ref.image}, {ref.width}x{ref.height}: "
+                        f"unusable segmentation in instances.json ({one_line(what)})") from None
     return mask
 
 

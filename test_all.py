@@ -6,6 +6,7 @@ without it, the tests of CLIP's token ids are skipped with a message.
 """
 
 import contextlib
+import gzip
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import tempfile
 import textwrap
 import time
 import unittest
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -1940,6 +1942,276 @@ class Refer(unittest.TestCase):
         self.assertIn("| refcoco | train | 6 | 42,404 | 12 | 120,624 | differs |", out)
 
 
+class Hostile(unittest.TestCase):
+    """Files that somebody made to do harm, or that fell into pieces."""
+
+    def setUp(self):
+        self.place = folder(self)
+        data.draw_shapes(self.place, {"train": 6, "val": 3})
+        self.home = self.place / "shapes"
+        self.files = {path: path.read_bytes() for path in
+                      (self.home / "instances.json", self.home / "refs(shapes).p")}
+        self.photo = next((self.home / "images").glob("*val*"))
+        self.files[self.photo] = self.photo.read_bytes()
+        self.tokenizer = data.Tokenizer(self.home / "merges.txt")
+        self.instances, self.refs = json.loads(self.files[self.home / "instances.json"]), \
+            pickle.loads(self.files[self.home / "refs(shapes).p"])
+
+    def restore(self):
+        data.read_refs.cache_clear()
+        for path, content in self.files.items():
+            path.write_bytes(content)
+
+    def read_all(self, skip):
+        """Reads every expression and a training sample: how many entries were left out."""
+        data.read_refs.cache_clear()
+        left_out = 0
+        for split in ("train", "val"):
+            refs, left_out = data.read_split(self.place, "shapes", split, skip)
+            samples = data.ExpressionSet(refs, self.tokenizer, 64, 17, skip)
+            left_out += sum(samples[i] is None for i in range(len(samples)))
+            data.TrainSet(refs, self.tokenizer, 64, 17, 0, skip)[1, 0]
+        return left_out
+
+    def test_data_sets(self):
+        """What is done to a data set, and what must come of it: the error that even --skip-broken
+        cannot leave out, 0 if it is read, 1 or None if entries, or photos and masks, are left out.
+        """
+        laughs = [[]]
+        for _ in range(60):
+            laughs.append([laughs[-1], laughs[-1]])
+        bottom = b"]" * 100_000
+        def ref(**changes):
+            return lambda: self.refs[-1].update(changes)
+        def sentence(text):
+            return ref(sentences=[{"sent": text}])
+        def image(**changes):
+            return lambda: next(i for i in self.instances["images"] if i["id"] == self.refs[-1][
+                "image_id"]).update(changes)
+        def mask(segmentation):
+            return lambda: next(a for a in self.instances["annotations"] if a["id"] == self.refs[
+                -1]["ann_id"]).update(segmentation=segmentation)
+        def pickled(content):
+            return lambda: content
+        def annotations(content):
+            return lambda: {"json": content}
+        def photo(content):
+            return lambda: {"photo": content}
+        def encoded(mode, size, form, cut=None):
+            buffer = io.BytesIO()
+            Image.new(mode, size).save(buffer, form)
+            return photo(buffer.getvalue()[:cut])
+        for name, change, expected in (
+                ("a pickle that makes a folder", pickled(pickle.dumps([Harm(self.place / "h")])),
+                 "could run code"),
+                ("that asks for a builtin", pickled(b"cbuiltins\neval\n."), "could run code"),
+                ("by a stack of names", pickled(b"\x80\x04\x8c\x02os\x8c\x06system\x93."),
+                 "could run code"),
+                ("by an instance", pickled(b"(ios\nsystem\n."), "could run code"),
+                ("by an extension", pickled(b"\x80\x02\x82\x01."), "refs"),
+                ("by a persistent name", pickled(b"Pperson\n."), "refers to an object outside"),
+                ("with a large number for a small thing", pickled(b"]r\xff\xff\xff\x7f."),
+                 "no split 'train'"),
+                ("that promises a long string", pickled(b"\x8e" + b"\xff" * 7 + b"\x0fx."),
+                 "not a readable pickle"),
+                ("nested deeply", pickled(b"(" * 100_000 + b"l" * 100_000 + b"."),
+                 "not a ref|pickle"),
+                ("keyed by what holds itself", pickled(
+                    b"}(K\x01" + b"2\x86" * 60 + b"K\x01u."), "not a readable pickle"),
+                ("cut short", pickled(self.files[self.home / "refs(shapes).p"][:-50]), "pickle"),
+                ("empty", pickled(b""), "not a readable pickle"),
+                ("of a number", pickled(pickle.dumps(7)), "holds a int where a list"),
+                ("annotations nested deeply", annotations(b"[" * 100_000 + bottom), "Recursion"),
+                ("annotations cut short", annotations(b'{"images": ['), "not COCO"),
+                ("no UTF-8", annotations(b'{"images": "\xff\xfe"}'), "not COCO"),
+                ("a list", annotations(b"[]"), "not COCO"),
+                ("images of a wrong type", annotations(b'{"images": 5, "annotations": []}'),
+                 "not COCO"),
+                ("a number with a million digits", annotations(
+                    b'{"images": [], "annotations": [{"id": %s}]}' % (b"9" * 10**6)), "not COCO"),
+                ("an annotation that is nowhere", ref(ann_id=10**30), 1),
+                ("an image that is nowhere", ref(image_id=-1), 1),
+                ("an id that is a list", ref(ref_id=laughs[-1], ann_id=laughs[-1]), 1),
+                ("an id that is none", ref(image_id=None), 1),
+                ("no sentences", ref(sentences=[]), 1),
+                ("sentences of a wrong type", ref(sentences=7), 1),
+                ("a sentence of a wrong type", sentence(7), 1),
+                ("a sentence that holds itself", sentence(laughs[-1]), 1),
+                ("100,000 characters", sentence("a word " * 15_000), 1),
+                ("100,000 letters", sentence("q" * 100_000), 1),
+                ("as many entities", sentence("&amp;" * 20_000), 1),
+                ("control characters alone", sentence("\x00\x1b[2J\x07"), 0),
+                ("right to left", sentence("\u202eהחתול השמאלי\u202c"), 0),
+                ("half a surrogate pair", sentence("cat \ud800"), 0),
+                ("a split of a wrong type", ref(split=["val"]), 1),
+                ("a photo outside", image(file_name="../../../../etc/passwd"), 1),
+                ("a photo at a root", image(file_name="/etc/passwd"), 1),
+                ("a name with a zero", image(file_name="a\0b.jpg"), 1),
+                ("a name too long", image(file_name="a" * 5000), 1),
+                ("no UTF-8 in a name", image(file_name="caf\udce9.jpg"), 1),
+                ("a name of a wrong type", image(file_name=5), 1),
+                ("a negative size", image(width=-64), 1),
+                ("a huge size", image(width=10**9, height=10**9), 1),
+                ("a size of a wrong type", image(width="64"), 1),
+                ("a size that is not the photo's", image(width=63), None),
+                ("two points", mask([[1, 1, 2, 2]]), None),
+                ("not numbers", mask([["a", "b", "c", "d", "e", "f"]]), None),
+                ("far away", mask([[1e18, 1, 2, 2, 3, 3]]), None),
+                ("RLE of another size", mask({"size": [5, 5], "counts": [0, 25]}), None),
+                ("RLE of a huge size", mask({"size": [10**6, 10**6], "counts": "04"}), None),
+                ("RLE that is too short", mask({"size": [64, 64], "counts": [5]}), None),
+                ("RLE of letters", mask({"size": [64, 64], "counts": "zzzzzz~~"}), None),
+                ("no mask", mask(None), 1),
+                ("a mask of a wrong type", mask(5), None),
+                ("a JPEG that is cut", encoded("RGB", (64, 64), "JPEG", 400), None),
+                ("a PNG that is cut", encoded("RGB", (64, 64), "PNG", 60), None),
+                ("a small file of 900 million pixels", encoded("1", (30_000, 30_000), "PNG"),
+                 None),
+                ("a program for a printer", photo(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 "
+                                                  b"64\n(h) (w) file\n"), None),
+                ("no photo", photo(b"GIF89a"), None), ("nothing", photo(b""), None)):
+            with self.subTest(name):
+                self.restore()
+                before = {p for p in self.place.rglob("*")}
+                self.refs = pickle.loads(self.files[self.home / "refs(shapes).p"])
+                self.instances = json.loads(self.files[self.home / "instances.json"])
+                self.refs[-1], whole = dict(self.refs[-1]), len(self.refs)
+                made = change()
+                if isinstance(made, bytes):
+                    (self.home / "refs(shapes).p").write_bytes(made)
+                elif made:
+                    path = self.photo if "photo" in made else self.home / "instances.json"
+                    path.write_bytes(*made.values())
+                else:
+                    (self.home / "refs(shapes).p").write_bytes(pickle.dumps(self.refs))
+                    (self.home / "instances.json").write_text(json.dumps(self.instances))
+                begun = time.time()
+                if expected == 0:
+                    self.assertEqual(self.read_all(False), 0)
+                    continue
+                with self.assertRaises(data.DataError) as refused:
+                    self.read_all(False)
+                self.assertEqual(len(str(refused.exception).splitlines()), 1)
+                self.assertLess(len(str(refused.exception)), 2000)
+                if isinstance(expected, str):
+                    self.assertRegex(str(refused.exception), expected)
+                    with self.assertRaises(data.DataError):
+                        self.read_all(True)
+                else:
+                    self.assertGreaterEqual(self.read_all(True), 1)
+                self.assertLess(time.time() - begun, 5)
+                self.assertEqual({p for p in self.place.rglob("*")}, before)
+                self.assertEqual(len(self.refs), whole)
+
+    def test_mutated_data_sets(self):
+        """Changes of a few bytes: each is read, or refused with the documented error."""
+        chance = random.Random(0)
+        refused = 0
+        for path in list(self.files) * (60 + 60 * MANY):
+            self.restore()
+            path.write_bytes(mutated(path.read_bytes(), chance))
+            for skip in (False, True):
+                try:
+                    self.read_all(skip)
+                except data.DataError as error:
+                    self.assertEqual(len(str(error).splitlines()), 1, error)
+                    refused += 1
+        self.assertGreater(refused, 60)
+
+    def test_mutated_checkpoints_and_vocabularies(self):
+        chance = random.Random(0)
+        net = model.build("shapes", head_width=32, head_heads=2, head_layers=1)
+        vocabulary = (self.home / "merges.txt").read_bytes()
+        whole, path, refused = self.place / "whole.pt", self.place / "m.pt", 0
+        model.save(whole, net, run={}, vocabulary={"text": vocabulary.decode()})
+        images, tokens = torch.zeros(1, 3, 64, 64), torch.ones(1, 17, dtype=torch.int64)
+        expected = net.eval()(images, tokens)
+        for _ in range(60 + 60 * MANY):
+            path.write_bytes(mutated(whole.read_bytes(), chance))
+            try:
+                again = model.load(path)
+                self.assertTrue(torch.equal(again(images, tokens), expected))
+            except model.WeightsError as error:
+                self.assertEqual(len(str(error).splitlines()), 1, error)
+                refused += 1
+            with contextlib.suppress(data.DataError):
+                data.Tokenizer(mutated(vocabulary, chance))(["the red circle"], 17)
+        self.assertGreater(refused, 50)
+
+    def test_weight_files_and_vocabularies(self):
+        path = self.place / "w.pt"
+        class Script(torch.nn.Module):
+            def forward(self, x):
+                return x
+            @torch.jit.export
+            def __getstate__(self):
+                return 1
+            @torch.jit.export
+            def __setstate__(self, state: int):
+                torch.from_file("harmed", True, 4)
+        laughs = {}
+        for _ in range(60):
+            laughs = {"a": laughs, "b": laughs}
+        def bomb():
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("a/data.pkl", bytes(300_000_000))
+        def jit():
+            with contextlib.suppress(Exception):
+                torch.jit.script(Script()).save(str(path))
+                return
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("a/code/__torch__.py", "def __setstate__(self): pass")
+        for name, make in (
+                ("code in a pickle", lambda: torch.save(
+                    {"state_dict": Harm(self.place / "h")}, path)),
+                ("code in an old pickle", lambda: path.write_bytes(
+                    pickle.dumps(Harm(self.place / "h")))),
+                ("code in TorchScript", jit), ("a small file that unpacks to a large one", bomb),
+                ("a table that holds itself", lambda: torch.save(laughs, path)),
+                ("a list", lambda: torch.save([1], path)), ("text", lambda: path.write_text("hi")),
+                ("nothing", lambda: path.write_bytes(b"")),
+                ("tensors by number", lambda: torch.save({"state_dict": {0: torch.ones(1)}}, path)),
+                ("a tensor of a wrong type", lambda: torch.save(
+                    {"state_dict": {"module.a": 5}}, path)),
+                ("a large tensor of little", lambda: torch.save({"state_dict": {
+                    "module.dinov2.cls_token": torch.ones(1).expand(10**12)}}, path)),
+                ("numbers that are no tensors", lambda: torch.save({
+                    "config": {}, "towers": {}, "tensors": {}}, path))):
+            with self.subTest(name):
+                make()
+                before, begun = {p for p in self.place.rglob("*")}, time.time()
+                for read in (model.load, backbones.load_vision, backbones.load_text,
+                             train.load_init):
+                    with self.assertRaises((model.WeightsError, model.ConfigError)) as refused:
+                        read(path)
+                    self.assertEqual(len(str(refused.exception).splitlines()), 1)
+                self.assertEqual({p for p in self.place.rglob("*")}, before)
+                self.assertLess(time.time() - begun, 10)
+                self.assertFalse(Path("harmed").exists())
+        for name, content in (("packed zeros", gzip.compress(bytes(200_000_000), 1)),
+                              ("a cut one", gzip.compress(b"#version\n" * 999)[:-20]),
+                              ("a damaged one", b"\x1f\x8b\x08" + bytes(9) + b"\xff" * 99),
+                              ("three in a line", b"#version: 0.2\na b c\n"),
+                              ("nothing", b"")):
+            with self.subTest(name), self.assertRaisesRegex(data.DataError, "not a BPE"):
+                data.Tokenizer(content)
+
+
+def mutated(content, chance):
+    """Content with a few bytes changed, left out, doubled or put elsewhere."""
+    content = bytearray(content)
+    for _ in range(chance.randint(1, 4)):
+        if not content:
+            break
+        start = chance.randrange(len(content))
+        end = min(len(content), start + chance.choice((1, 1, 2, 8, 64)))
+        part = content[start:end]
+        content[start:end] = chance.choice((
+            bytes(chance.randrange(256) for _ in part), b"", part + part, bytes(len(part)),
+            bytes([part[0] ^ 1 << chance.randrange(8)]) + part[1:]))
+    return bytes(content)
+
+
 class Drawn(unittest.TestCase):
     def test_an_expression_means_one_figure(self):
         """Reads the expressions back, word by word, and looks for what they can mean."""
@@ -2132,12 +2404,13 @@ class Runs(unittest.TestCase):
         refs = data.read_split(self.root / "data", "shapes", "train")[0]
         samples = data.TrainSet(refs, tokenizer, 64, 17)
         batches = train.GlobalBatches(len(refs), 16, 16, 0, 1, seed=0)
-        loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=2,
-                                             multiprocessing_context="spawn")
-        for batch, places in zip(loader, batches):
-            for key in ("image", "tokens", "mask"):
-                self.assertTrue(torch.equal(batch[key], torch.stack([samples[p][key]
-                                                                     for p in places])))
+        for workers, start in ((0, None), (4, "fork"), (2, "spawn")):
+            loader = torch.utils.data.DataLoader(samples, batch_sampler=batches,
+                                                 num_workers=workers, multiprocessing_context=start)
+            for batch, places in zip(loader, batches, strict=True):
+                for key in ("image", "tokens", "mask"):
+                    self.assertTrue(torch.equal(batch[key], torch.stack([samples[p][key]
+                                                                         for p in places])))
 
     def test_bfloat16_trains_too(self):
         status, _, err = program(train, *self.small, "--out", self.root / "bf16", "--epochs", "1",
@@ -2673,6 +2946,31 @@ class Survival(unittest.TestCase):
             self.assertEqual(self.run_out(out, None, 1, "--seed", seed)[0], [0])
             again = model.read_checkpoint(out / "best.pt")["tensors"]
             self.assertEqual(all(torch.equal(first[n], again[n]) for n in first), same)
+
+    def test_few_expressions_for_two_processes(self):
+        place = folder(self)
+        shutil.copytree(self.root / "data", place, dirs_exist_ok=True)
+        path = place / "shapes" / "refs(shapes).p"
+        refs = pickle.loads(path.read_bytes())
+        sentences = [(ref, sentence) for ref in refs if ref["split"] == "val"
+                     for sentence in ref["sentences"]]
+        for number in (0, 1, 2, 3, 7):
+            path.write_bytes(pickle.dumps([ref for ref in refs if ref["split"] == "train"] + [
+                {**ref, "sentences": [sentence]} for ref, sentence in sentences[:number]]))
+            found = []
+            for world in (1, 2):
+                figures = place / f"{world}.json"
+                statuses, lines = self.finish(begin(self.root, [
+                    "--ckpt", self.root / "whole1" / "best.pt", "--data", place, "--split", "val",
+                    "--batch-size", 2, "--json", figures], None, world, "evaluate"))
+                self.assertEqual(statuses, [0 if number else 2] * world, lines)
+                found.append(json.loads(figures.read_text()) if number else lines)
+            self.assertEqual(*found)
+            if number:
+                figures, = found[0].values()
+                self.assertEqual(figures["val"]["expressions"], number)
+            else:
+                self.assertRegex(*found[0], "no split 'val'")
 
     def test_restarted_by_torchrun(self):
         script = self.root / "restarted.py"
