@@ -656,6 +656,21 @@ class Tuners(unittest.TestCase):
 class Counts(unittest.TestCase):
     """Parameters, exactly, and the papers' printed millions."""
 
+    def test_readme_says_what_the_program_says(self):
+        readme = (HERE / "README.md").read_text()
+        _, printed, _ = program(model)
+        for line in printed.splitlines():
+            if re.match(r"\| [\w-]+ \|", line):         # not the rows of DCRIS's ablations
+                self.assertIn(line, readme)
+        for name, published in model.PUBLISHED.items():
+            self.assertIn(f"`{published.file}`", readme)
+            self.assertIn(f"<{published.address}>", readme)
+        for flag in set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", readme)):
+            known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
+            field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
+            self.assertTrue(f'"{flag}"' in known or hasattr(model.Config, field) or flag in (
+                "--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--max-restarts"), flag)
+
     def test_parts(self):
         with torch.device("meta"):
             self.assertEqual(parameters(backbones.ViT(backbones.VISION["dinov2-b"])), 86_583_552)
@@ -1464,7 +1479,8 @@ class Checkpoints(unittest.TestCase):
                            "backbone.visual.positional_embedding", "neck.f5_proj.1.running_mean",
                            "neck.coordconv.0.conv1.0.weight", "neck.aggr.1.bias"])):
             net, state = self.released(kind)
-            torch.save({"epoch": 40, "best_iou": 0.7, "state_dict": state}, place / "a.pth")
+            torch.save({"epoch": 40, "best_iou": np.float64(0.7), "state_dict": state},
+                       place / "a.pth")
             again = model.load(place / "a.pth")
             ours, theirs = asdict(net.config), asdict(again.config)
             self.assertEqual({k: v for k, v in ours.items() if k not in ("vision", "text")},
@@ -1473,6 +1489,14 @@ class Checkpoints(unittest.TestCase):
             tokens = torch.tensor([[298, 5, 6, 299] + 13 * [0]])
             with torch.inference_mode():
                 self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
+            fifth = "module.neck.f5_proj.0.weight"
+            if state[fifth].shape[0] != state[fifth].shape[1]:
+                # Written as a transposed convolution, it is the same layer.
+                swapped = {**state, fifth: state[fifth].transpose(0, 1).contiguous()}
+                torch.save({"state_dict": swapped}, place / "a.pth")
+                with torch.inference_mode():
+                    self.assertTrue(torch.equal(model.load(place / "a.pth")(images, tokens),
+                                                net(images, tokens)))
             for name in some:
                 name = f"module.{name}"
                 for change, message in (
@@ -1509,6 +1533,9 @@ class Checkpoints(unittest.TestCase):
             for name, tensor in net.state_dict().items():
                 self.assertTrue(torch.equal(again.state_dict()[name], tensor), name)
             self.assertTrue(torch.allclose(again(images, tokens), net(images, tokens), atol=1e-5))
+            status, _, err = program(model, "export", place / out, place / out)
+            self.assertEqual(status, 2)
+            self.assertIn("written over what it is made of", err)
             held = model.read_checkpoint(place / out)
             self.assertEqual(held["vocabulary"], {"text": "a b"})
             self.assertNotIn("optimizer", held)
@@ -1779,6 +1806,7 @@ class Refer(unittest.TestCase):
         turned = np.asarray(data.read_photo(path)).astype(int)       # EXIF is not applied
         upright = np.asarray(data.read_photo(path.with_name("COCO_train2014_000000000001.jpg")))
         self.assertLess(np.abs(turned - upright).mean(), 1)
+        self.assertEqual(data.read_photo(path, upright=True).size, (60, 80))
         self.assertEqual(data.read_photo(path.with_name("COCO_train2014_000000000005.png")).mode,
                          "RGB")
 
@@ -2591,6 +2619,10 @@ class Runs(unittest.TestCase):
                 (evaluate, ["--ckpt", best, *drawn, "--split", "testC"], "no split 'testC'; found"),
                 (evaluate, ["--ckpt", best, "--data", place], "no data set 'shapes'"),
                 (evaluate, ["--ckpt", best, *photo], "photo.jpg: not an image"),
+                (evaluate, ["--ckpt", best, *drawn, "--json", best], "over another file of this"),
+                (evaluate, ["--ckpt", best, *drawn, "--json", "/dev/null"], "not a file in a"),
+                (evaluate, ["--ckpt", best, *photo, "--split", "val"], "no meaning for one photo"),
+                (train, ["--preset", "cats", *drawn], "argument --preset: invalid choice: 'cats'"),
                 (data, ["check", place], "no folder with an instances.json")):
             with self.subTest(arguments=arguments):
                 status, out, err = program(module, *arguments)
