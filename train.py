@@ -129,7 +129,7 @@ def distribute(net, world, device):
 
 @dataclass
 class Progress:
-    """How far a run is: what it needs, beside weights and optimiser, to go on exactly."""
+    """How far a run is: what it needs, beside weights and optimizer, to go on exactly."""
     epoch: int = 1              # the one in hand
     step: int = 0               # steps of it that are done
     loss: float = 0.0           # the sum of their losses
@@ -199,7 +199,7 @@ class Report:
 
 
 class Trainer:
-    """A model, its optimiser and its progress: takes steps, and can be saved between any two."""
+    """A model, its optimizer and its progress: takes steps, and can be saved between any two."""
 
     def __init__(self, net, config, seed, rank, world, device, dtype, pieces):
         self.net, self.device, self.dtype, self.pieces = net, device, dtype, pieces
@@ -248,8 +248,8 @@ class Trainer:
             now.copy_(torch.where(bad, then, now))
         return Report(torch.cat([numbers, bad[None].double()]), refs)
 
-    def note(self, report):
-        """Counts a report in; whether to stop."""
+    def count(self, report):
+        """Adds a step's report to the progress; whether to stop."""
         loss, skipped, stop, bad = report.read()
         self.progress.skipped += int(skipped)
         self.in_a_row = self.in_a_row + 1 if bad else 0
@@ -291,7 +291,7 @@ class Trainer:
                 progress.seconds = time.time() - begun
                 saved = save_every > 0 and progress.step % save_every == 0
                 while len(reports) > (not saved):
-                    stop |= self.note(reports.popleft())
+                    stop |= self.count(reports.popleft())
                 if saved:
                     save()
                 bar.update()
@@ -299,7 +299,7 @@ class Trainer:
                     seen = bar.n - len(reports) - progress.overflows
                     bar.set_postfix(loss=f"{progress.loss / max(1, seen):.4f}")
             while reports:
-                stop |= self.note(reports.popleft())
+                stop |= self.count(reports.popleft())
             if not saved:
                 save()
             if stop:
@@ -330,13 +330,15 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
-            self.random = [(host.byte(), device) for host, device in checkpoint["random"]]
+            self.random = checkpoint["random"]
+            for host, _ in self.random:
+                torch.Generator().set_state(host)       # raises where it is no such state
             for tensor, state in self.optimizer.state.items():
                 for name in ("exp_avg", "exp_avg_sq"):
                     if state[name].shape != tensor.shape:
                         raise ValueError(f"{name} of shape {tuple(state[name].shape)}")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise model.WeightsError(f"{path}: its optimiser, scaler or random state is not this "
+            raise model.WeightsError(f"{path}: its optimizer, scaler or random state is not this "
                                      f"run's: {error}") from None
 
 
@@ -517,6 +519,8 @@ def train(args, config, init, rank, world, device):
     progress = trainer.progress
     batches = GlobalBatches(len(train_set), config.batch_size, micro, rank, world, args.seed)
     steps = len(batches) // pieces
+    if progress.step > steps:
+        raise model.WeightsError(f"{path}: at step {progress.step} of an epoch of {steps}")
     loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=keep_to_itself)
     kept = {"run": run, "vocabulary": {} if config.text in model.PUBLISHED else {
@@ -530,6 +534,8 @@ def train(args, config, init, rank, world, device):
         for group in trainer.optimizer.param_groups:
             group["lr"] = config.lr * (0.1 if epoch > config.decay_epoch else 1)
         trainer.epoch(loader, batches, save, args.save_every, f"epoch {epoch}/{config.epochs}")
+        if progress.overflows == steps:
+            raise model.ConfigError(f"no step of epoch {epoch} had a finite loss and gradient")
         begun = time.time()
         table = evaluate.overlaps(net, val_set, device, dtype, config.batch_size, args.workers,
                                   rank, world, "validating")
@@ -546,17 +552,17 @@ def train(args, config, init, rank, world, device):
         if rank == 0 and (progress.skipped or len(table) < len(val_set)):
             print(f"skipped {progress.skipped} broken refs, {len(val_set) - len(table)} "
                   f"expressions of val", file=sys.stderr)
-        kept["seconds"] = sum(images / row["images_per_s"]
-                              for row in [*progress.rows, row])     # of training alone
+        rows = [*progress.rows, row]
+        kept["seconds"] = sum(images / row["images_per_s"] for row in rows)     # of training alone
         # last.pt comes last: a run that is killed before repeats the epoch's end, and all of this.
-        if rank == 0 and found["miou"] > progress.best:
-            model.save(out / "best.pt", net, epoch=epoch, miou=found["miou"], **kept)
-        trainer.progress = progress = Progress(
-            epoch + 1, best=max(progress.best, found["miou"]), rows=[*progress.rows, row])
-        save()
         if rank == 0:
-            log.show(progress.rows)
+            if found["miou"] > progress.best:
+                model.save(out / "best.pt", net, epoch=epoch, miou=found["miou"], **kept)
+            log.show(rows)
             evaluate.save_picture(evaluate.panel(net, val_set, device, dtype), out / "val.png")
+        trainer.progress = progress = Progress(
+            epoch + 1, best=max(progress.best, found["miou"]), rows=rows)
+        save()
     if rank == 0:
         print(f"{out}: best mIoU on val {progress.best:.2f}; best.pt, last.pt, log.jsonl, val.png, "
               f"curves.png")
@@ -572,13 +578,13 @@ def keep_to_itself(worker):
 class Log:
     """OUT/log.jsonl, one object an epoch, with curves.png and TensorBoard's events beside it.
 
-    The checkpoint holds the rows, too, so what was killed between the two is made good here.
+    The checkpoint holds the rows, too. What the log has beyond them, a resumed run repeats.
     """
 
     def __init__(self, out, rows):
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob("*.tmp"):              # of a process that was killed while it wrote
+        for left in out.glob("*.[0-9]*.tmp"):       # of a process that was killed while it wrote
             left.unlink()
         self.write(rows)            # the folder is taken, and better now than later if it cannot be
         self.board = None
