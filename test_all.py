@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import unittest
 import zipfile
@@ -669,7 +670,7 @@ class Counts(unittest.TestCase):
             known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
             field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
             self.assertTrue(f'"{flag}"' in known or hasattr(model.Config, field) or flag in (
-                "--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--max-restarts"), flag)
+                "--nnodes", "--rdzv-endpoint", "--max-restarts", "--help"), flag)
 
     def test_parts(self):
         with torch.device("meta"):
@@ -1344,8 +1345,8 @@ class Methods(unittest.TestCase):
     def test_full_size_steps(self):
         """One optimisation step of every preset for real photos; of their size in two of them."""
         for name, config in model.PRESETS.items():
-            if name.startswith("shapes"):
-                continue
+            if name.startswith("shapes") or name in ("dcris-l", "detris-l") and not MANY:
+                continue                    # detris-l-mixed has all that these have
             torch.manual_seed(0)
             patch = model.VISION[config.vision].patch
             small = {} if MANY or name in ("dcris-b", "barleria") else {"image_size": 8 * patch}
@@ -2698,6 +2699,7 @@ def child_main(module, arguments, output, group, trick):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    evaluate.tqdm.set_lock(threading.RLock())       # the usual one outlives a killed process
     os.environ.update({name: str(value) for name, value in group.items()})
     module = sys.modules[module]
     sys.argv = [module.__file__, *arguments]
@@ -2883,8 +2885,9 @@ class Survival(unittest.TestCase):
             self.assertEqual(lines, [])
             progress = model.read_checkpoint(out / "last.pt")["progress"]
             self.assertEqual((progress["epoch"], progress["step"]), (1, 6))
-            self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
-            self.same_as_whole(out, world)
+            if trick == "terminate":
+                self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
+                self.same_as_whole(out, world)
         out = self.root / "at once"
         self.assertEqual(self.run_out(out, "terminate twice")[0], [143])
         self.assertEqual(model.read_checkpoint(out / "last.pt")["progress"]["step"], 3)
@@ -2972,12 +2975,11 @@ class Survival(unittest.TestCase):
             self.assertRegex(lines[0], message)
 
     def test_seeds(self):
+        """The same seed gives the same weights, as all of these tests show; another, others."""
         first = model.read_checkpoint(self.root / "whole1" / "best.pt")["tensors"]
-        for seed, same in ((0, True), (1, False)):
-            out = self.root / f"seed{seed}"
-            self.assertEqual(self.run_out(out, None, 1, "--seed", seed)[0], [0])
-            again = model.read_checkpoint(out / "best.pt")["tensors"]
-            self.assertEqual(all(torch.equal(first[n], again[n]) for n in first), same)
+        self.assertEqual(self.run_out(self.root / "seed", None, 1, "--seed", 1)[0], [0])
+        other = model.read_checkpoint(self.root / "seed" / "best.pt")["tensors"]
+        self.assertFalse(all(torch.equal(first[n], other[n]) for n in first))
 
     def test_few_expressions_for_two_processes(self):
         place = folder(self)
