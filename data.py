@@ -47,7 +47,7 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------
 
 MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
-MOST_BYTES = 50_000_000                # of a vocabulary; CLIP\'s has 3.2 million
+MOST_BYTES = 50_000_000                # of a vocabulary; CLIP's has 3.2 million
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's pattern, to be matched on `kinds(text)` in place of the text.
 PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|0|[^ a-z0]+")
@@ -245,15 +245,15 @@ def letterbox(image, size):
     colour, resample = ((MEAN_COLOUR, Image.Resampling.BICUBIC) if image.mode == "RGB" else
                         (0, Image.Resampling.BILINEAR))
     square = Image.new(image.mode, (size, size), colour)
-    # The square's pixels from `first` to `last` have their centres on the photo. They show `box` of
-    # it, which reaches up to half such a pixel over its edge, so it gets a margin.
+    # The pixels `first` to `last` of the square have their centres on the photo. Their outer edges,
+    # `box` in the photo's pixels, lie up to half a pixel of theirs beyond it, hence the margin.
     first = [max(0, math.ceil(at - scale / 2)) for at in corner]
     last = [min(size - 1, math.floor(at + scale * (side - 0.5)))
             for at, side in zip(corner, image.size)]
     if scale * min(image.size) >= 1:
         margin = math.ceil(0.5 / scale)
-        box = [(edge - at) / scale + 0.5 + margin for edge, at in
-               zip([*(u - 0.5 for u in first), *(u + 0.5 for u in last)], corner * 2)]
+        box = [(u + half - at) / scale + 0.5 + margin
+               for pixel, half in ((first, -0.5), (last, 0.5)) for u, at in zip(pixel, corner)]
         shown = ImageOps.expand(image, margin, colour).resize(
             [b - a + 1 for a, b in zip(first, last)], resample, box)
         square.paste(shown, first)
@@ -319,10 +319,10 @@ class Ref(NamedTuple):
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads lists, dicts, strings, numbers, and nothing else: a pickle can name any program.
+    """Builds plain values (lists, dicts, sets, strings, numbers): a pickle can name any program.
 
-    The unpickler written in C would take memory for every number that a file gives to an object. A
-    tuple becomes a list, which is no key of a dict: to hash one that holds itself can take forever.
+    It is Python's unpickler, as C's takes memory up to the highest index that a file names. Tuples
+    become lists, which are no keys: to hash a = (b, b), b = (c, c), ... takes exponential time.
     """
     def listed(count):
         def load(self):

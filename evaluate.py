@@ -51,6 +51,7 @@ import data
 import model
 
 THRESHOLD = 0.35                    # of the probability, as in the authors' programs
+EXPECTED = (model.WeightsError, model.ConfigError, data.DataError, OSError)     # one line is enough
 PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -138,9 +139,9 @@ def predict(net, tokenizer, photo, text, device, dtype=None):
     if not data.clean(text):
         raise data.DataError("the expression is empty; say which thing is meant")
     net.eval()
-    pieces = len(tokenizer.encode(text))
-    if pieces > net.config.length - 2:
-        print(f"the expression has {pieces} pieces, of which {net.config.length - 2} are read",
+    tokens, most = len(tokenizer.encode(text)), net.config.length - 2
+    if tokens > most:
+        print(f"the expression has {tokens} tokens, of which {most} are read",
               file=sys.stderr)
     image = data.to_tensor(data.letterbox(photo, net.config.image_size))
     square = probabilities(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
@@ -226,8 +227,8 @@ def save_picture(picture, path):
 
 
 def check_outputs(pictures, others, inputs):
-    """DataError, before any work is done, for an output (Path) that could not be written, or only
-    over one of the `inputs`."""
+    """Raises DataError, before any work is done, for an output (Path) that cannot be written, or
+    would replace one of the `inputs` or another output."""
     taken = {Path(path).resolve() for path in inputs if path}
     for path in (*pictures, *others):
         if (path.exists() and not path.is_file() or not path.parent.is_dir()
@@ -283,7 +284,10 @@ def processes():
 
 
 def told_once(error, store):
-    """`tell` in the first of all processes that comes here; the exit status."""
+    """Tells the error if this process is the first to fail, else waits until that one has.
+
+    Returns the exit status.
+    """
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return status_of(error)
     try:
@@ -299,13 +303,10 @@ def told_once(error, store):
 
 
 def status_of(error):
-    """The exit status: 2 for bad input, 128 and the signal for one, 1 for all else."""
+    """The exit status: 2 for bad input, 128 + its number for a signal, 1 for all else."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, EXPECTED) else 1
-
-
-EXPECTED = (model.WeightsError, model.ConfigError, data.DataError, OSError)
 
 
 def tell(error):
@@ -366,8 +367,9 @@ def load_checkpoint(path, args, device):
     text = checkpoint["vocabulary"].get("text")
     vocabulary = (model.find_published("vocabulary", args.vocabulary)
                   if args.vocabulary or text is None else text.encode())
-    released = "released " if "released" in checkpoint else ""
-    facts = {"preset": checkpoint["run"].get("preset", released + net.config.method),
+    released = "released" in checkpoint
+    facts = {"preset": checkpoint["run"].get("preset", "released " * released + net.config.method),
+             "released": released,
              "tuned": model.count(net)["tuned"], "dataset": checkpoint["run"].get("dataset"),
              "seconds": checkpoint.get("seconds")}
     return net, make_tokenizer(vocabulary, net.config), facts
@@ -427,8 +429,7 @@ def evaluate_each(args, rank, world, device, dtype, results, about):
         for place, split in enumerate(splits):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             # Released checkpoints do not say how many tokens they read: as usual for the data.
-            length = net.config.length if facts["dataset"] else data.LENGTHS.get(
-                name, net.config.length)
+            length = data.LENGTHS.get(name, 17) if facts["released"] else net.config.length
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size, length,
                                          args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,

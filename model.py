@@ -632,8 +632,8 @@ def tuned_tensors(model):
 def replacing(path, previous=None):
     """A binary file to write that becomes `path` only once it is whole and on the disk.
 
-    What stood there before becomes `previous`, if that is given. OSError names `path`; whatever
-    stood there before is then untouched.
+    What stood there before becomes `previous`, if that is given. OSError names `path`; what stood
+    there is then still at `path`, or at `previous`.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -664,12 +664,13 @@ def save(path, model, previous=None, **more):
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:       # PyTorch's writer hides the OSError of a full disk
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(
-                "is the disk full?") from error
+            hidden = error.__context__
+            raise hidden if isinstance(hidden, OSError) else OSError("is the disk full?") from error
 
 
 def read_checkpoint(path):
-    """The dictionary that `save` or `export` wrote, or `released` tensors of the authors' programs.
+    """{config, towers, tensors, run, vocabulary, ...} as `save` or `export` wrote it, or {released,
+    run, vocabulary} with the named tensors of the authors' programs.
 
     Raises WeightsError for anything else, OSError.
     """

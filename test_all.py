@@ -2764,6 +2764,8 @@ TRICKS = {
     "terminate": lambda rank: after(
         train.Trainer, "step", lambda: tell_self(signal.SIGTERM), 4),
     "interrupt": lambda rank: after(train.Trainer, "step", lambda: tell_self(signal.SIGINT), 4),
+    "terminate at last": lambda rank: after(
+        train.Trainer, "step", lambda: tell_self(signal.SIGTERM), 10),
     "terminate one": lambda rank: rank == 1 and TRICKS["terminate"](rank),
     "terminate twice": lambda rank: after(train.Trainer, "step", lambda: [
         tell_self(signal.SIGTERM) for _ in range(2)], 4),
@@ -2888,6 +2890,10 @@ class Survival(unittest.TestCase):
             if trick == "terminate":
                 self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
                 self.same_as_whole(out, world)
+        out = self.root / "at last"         # in the last step of an epoch
+        self.assertEqual(self.run_out(out, "terminate at last")[0], [143])
+        progress = model.read_checkpoint(out / "last.pt")["progress"]
+        self.assertEqual((progress["epoch"], progress["step"]), (1, 10))
         out = self.root / "at once"
         self.assertEqual(self.run_out(out, "terminate twice")[0], [143])
         self.assertEqual(model.read_checkpoint(out / "last.pt")["progress"]["step"], 3)
@@ -2917,7 +2923,7 @@ class Survival(unittest.TestCase):
         statuses, lines = self.run_out(out, "not finite")
         self.assertEqual(statuses, [0], lines)
         rows = [json.loads(line) for line in (out / "log.jsonl").open()]
-        self.assertEqual([row.get("overflows") for row in rows], [4, None])
+        self.assertEqual([row.get("left_out") for row in rows], [4, None])
         for name, tensor in model.read_checkpoint(out / "best.pt")["tensors"].items():
             self.assertTrue(tensor.isfinite().all(), name)
         out = self.root / "never"

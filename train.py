@@ -12,8 +12,9 @@ A run writes OUT/log.jsonl (one object an epoch), last.pt, best.pt (by mIoU on v
 curves.png, and TensorBoard's events where that is installed.
 
 A run that was stopped goes on with the same command and its --out, at the step where last.pt was
-written, and ends with the weights that it would have had undisturbed. SIGTERM and Ctrl-C end it
-after the step in hand, saved; a second one at once. previous.pt is the last.pt before.
+written, and ends with the weights that it would have had undisturbed (but for rounding on GPUs).
+SIGTERM and Ctrl-C end it, saved, at most two steps after the one in hand; a second one at once.
+previous.pt is the last.pt before.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -52,7 +54,7 @@ class GlobalBatches:
 
     One permutation an epoch, from seed and epoch alone, is cut into global batches; every process
     takes an equal slice of each, in pieces of `micro` samples. The incomplete last one is dropped.
-    `epoch` and `step`, how many global batches of it are to be left out, may be set between uses.
+    Before each pass `epoch` may be set, and `step`, how many of its first batches to leave out.
     """
 
     def __init__(self, samples, batch, micro, rank, world, seed):
@@ -89,7 +91,7 @@ class MeanOverProcesses(torch.autograd.Function):
 def synced_batch_norm(self, x):
     """The forward of a BatchNorm layer with statistics over all processes' equal batches.
 
-    For CPUs, where PyTorch's SyncBatchNorm does not run.
+    x: (B, C, ...), as what it returns. For CPUs, where PyTorch's SyncBatchNorm does not run.
     """
     if not self.training:
         return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight,
@@ -132,10 +134,10 @@ class Progress:
     """How far a run is: what it needs, beside weights and optimizer, to go on exactly."""
     epoch: int = 1              # the one in hand
     step: int = 0               # steps of it that are done
-    loss: float = 0.0           # the sum of their losses
-    skipped: int = 0            # broken refs that gave way to others in them
-    overflows: int = 0          # how many of them changed nothing: loss or gradient was not finite
-    seconds: float = 0.0        # what they took
+    left_out: int = 0           # of these, changed nothing: loss or gradient was not finite
+    loss: float = 0.0           # the sum of the others' losses
+    skipped: int = 0            # broken refs that gave way to others
+    seconds: float = 0.0        # what the steps took
     best: float = -1.0          # the highest mIoU on val so far, percent
     rows: list = field(default_factory=list)        # of log.jsonl
 
@@ -144,7 +146,7 @@ class Progress:
         """The progress that a checkpoint holds. WeightsError if its values cannot be one's."""
         try:
             progress = cls(**values)
-            whole = (progress.epoch, progress.step, progress.skipped, progress.overflows)
+            whole = (progress.epoch, progress.step, progress.skipped, progress.left_out)
             sound = (all(type(n) is int and n >= 0 for n in whole) and progress.epoch > 0
                      and all(math.isfinite(x) for x in (progress.loss, progress.seconds,
                                                         progress.best))
@@ -159,10 +161,7 @@ class Progress:
 
 
 class Stops:
-    """SIGTERM and SIGINT, as a wish to be seen to after the step; a second one is not waited for.
-
-    A context manager; `wish` is the signal's number, or 0.
-    """
+    """Within it SIGTERM and SIGINT are noted in `wish`, 0 before; a second one ends the process."""
 
     def __enter__(self):
         self.wish = 0
@@ -214,14 +213,17 @@ class Trainer:
                            for s in (layer.running_mean, layer.running_var)]
         self.progress, self.in_a_row, self.random = Progress(), 0, []
 
-    def step(self, batches, wish):
-        """One step on the next `pieces` batches; its `Report` of loss, broken refs, whether any
-        process is to stop (`wish`), and whether the step was left out. All processes get the same.
+    def step(self, samples, wish):
+        """Takes a step on the next `pieces` of `samples`, a loader's iterator.
+
+        Returns its Report: mean loss, broken refs, how many processes were told to stop (`wish`)
+        and whether the step was left out, the same in all processes; and this one's refs.
         """
+        # BatchNorm's statistics change in the forward pass, before the step is known to be good.
         before = [s.clone() for s in self.statistics]
         loss, skipped, refs = 0.0, 0, []
         for piece in range(1, self.pieces + 1):
-            batch = next(batches)
+            batch = next(samples)
             images, tokens, masks = (batch[key].to(self.device, non_blocking=True)
                                      for key in ("image", "tokens", "mask"))
             skipped += int(batch["skipped"].sum())
@@ -238,7 +240,8 @@ class Trainer:
             [skipped, bool(wish)], dtype=torch.float64).to(self.device, non_blocking=True)])
         if self.world > 1:
             dist.all_reduce(numbers)
-        # A loss that is not finite can have finite gradients (float16). It shall spoil one.
+        # A loss that is not finite can have finite gradients (float16). So one gets 0 added, or NaN
+        # where the loss is not finite, and the scaler leaves the step out.
         self.learned[0].grad += numbers[0] - numbers[0]
         bad = ~torch.nn.utils.get_total_norm([p.grad for p in self.learned]).isfinite()
         self.scaler.step(self.optimizer)
@@ -254,7 +257,7 @@ class Trainer:
         self.progress.skipped += int(skipped)
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if bad:
-            self.progress.overflows += 1
+            self.progress.left_out += 1
         else:
             self.progress.loss += loss
         if self.in_a_row == 3 and not self.half:
@@ -272,7 +275,8 @@ class Trainer:
         progress = self.progress
         batches.epoch, batches.step = progress.epoch, progress.step
         steps = progress.step + len(batches) // self.pieces
-        # Dropout, too, depends on the place in the run and the process alone.
+        # Dropout, too, depends on the place in the run and the process alone. (Where another number
+        # of processes goes on, this seed has to do.)
         torch.manual_seed((self.seed * 100_003 + progress.epoch) * 1009 + self.rank
                           + 104_729 * progress.step)
         samples, reports, stop, saved = iter(loader), deque(), False, True
@@ -290,21 +294,22 @@ class Trainer:
                 progress.step += 1
                 progress.seconds = time.time() - begun
                 saved = save_every > 0 and progress.step % save_every == 0
-                while len(reports) > (not saved):
+                late = 0 if saved else 1        # a checkpoint needs the last report, too
+                while len(reports) > late:
                     stop |= self.count(reports.popleft())
                 if saved:
                     save()
                 bar.update()
                 if bar.n % 10 == 0:
-                    seen = bar.n - len(reports) - progress.overflows
+                    seen = bar.n - len(reports) - progress.left_out
                     bar.set_postfix(loss=f"{progress.loss / max(1, seen):.4f}")
             while reports:
                 stop |= self.count(reports.popleft())
             if not saved:
                 save()
-            if stop:
-                if self.world > 1:
-                    dist.barrier()      # nobody leaves before the first process has saved
+            # The last step's wish, or one that came during the save, is in no report. This gathers
+            # it, and nobody leaves before the first process has saved.
+            if any(self.from_all(bool(stop or stops.wish))):
                 sys.exit(128 + (stops.wish or signal.SIGTERM))
 
     def from_all(self, thing):
@@ -345,7 +350,6 @@ class Trainer:
 def peak_memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource             # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -382,7 +386,7 @@ def run_folder(args):
         used = [name for name in names if checkpoints(name)]
         out = used[-1] if resume and used else next(name for name in names if not name.exists())
     if args.resume == "must" and not checkpoints(out):
-        raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume")
+        raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume; without --resume one begins")
     if (out / "best.pt").exists() and not checkpoints(out):
         raise FileExistsError(f"{out} holds the best.pt of a run and no last.pt to go on from; "
                               f"another --out starts afresh")
@@ -522,7 +526,7 @@ def train(args, config, init, rank, world, device):
     if progress.step > steps:
         raise model.WeightsError(f"{path}: at step {progress.step} of an epoch of {steps}")
     loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=keep_to_itself)
+                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
     kept = {"run": run, "vocabulary": {} if config.text in model.PUBLISHED else {
         "text": tokenizer.text}}
     log = Log(out, progress.rows) if rank == 0 else None
@@ -534,26 +538,26 @@ def train(args, config, init, rank, world, device):
         for group in trainer.optimizer.param_groups:
             group["lr"] = config.lr * (0.1 if epoch > config.decay_epoch else 1)
         trainer.epoch(loader, batches, save, args.save_every, f"epoch {epoch}/{config.epochs}")
-        if progress.overflows == steps:
+        if progress.left_out == steps:
             raise model.ConfigError(f"no step of epoch {epoch} had a finite loss and gradient")
         begun = time.time()
         table = evaluate.overlaps(net, val_set, device, dtype, config.batch_size, args.workers,
                                   rank, world, "validating")
         found = evaluate.metrics(table)
         images = steps * config.batch_size
-        row = {"epoch": epoch, "loss": progress.loss / max(1, steps - progress.overflows),
+        row = {"epoch": epoch, "loss": progress.loss / (steps - progress.left_out),
                "lr": trainer.optimizer.param_groups[0]["lr"], "miou": found["miou"],
                "oiou": found["oiou"], "p50": found["p50"],
                "images_per_s": images / progress.seconds,
                "peak_memory_gb": peak_memory_gb(device),
                "seconds": progress.seconds + time.time() - begun}
-        if progress.overflows:
-            row["overflows"] = progress.overflows
+        if progress.left_out:
+            row["left_out"] = progress.left_out
         if rank == 0 and (progress.skipped or len(table) < len(val_set)):
             print(f"skipped {progress.skipped} broken refs, {len(val_set) - len(table)} "
                   f"expressions of val", file=sys.stderr)
         rows = [*progress.rows, row]
-        kept["seconds"] = sum(images / row["images_per_s"] for row in rows)     # of training alone
+        kept["seconds"] = sum(images / row["images_per_s"] for row in rows)  # without validation
         # last.pt comes last: a run that is killed before repeats the epoch's end, and all of this.
         if rank == 0:
             if found["miou"] > progress.best:
@@ -568,9 +572,9 @@ def train(args, config, init, rank, world, device):
               f"curves.png")
 
 
-def keep_to_itself(worker):
-    """A loader's process leaves a terminal's and torchrun's signals, sent to the whole group, to
-    its parent, which wants samples for one more step."""
+def leave_signals_to_parent(worker):
+    """Keeps a loader's process out of the group to which a terminal and torchrun send signals: its
+    parent wants samples for another step or two."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -667,8 +671,8 @@ def parse_arguments():
     args.dataset = args.dataset or ("shapes" if drawn else None)
     if args.init and (args.random_towers or args.vision_weights or args.text_weights
                       or args.vocabulary):
-        parser.error("--init brings towers and vocabulary; leave --random-towers and their files "
-                     "away")
+        parser.error("--init brings towers and vocabulary; leave --random-towers, "
+                     "--vision-weights, --text-weights and --vocabulary away")
     if args.dataset is None:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
     return args
@@ -679,8 +683,8 @@ def configuration(args, init):
 
     The length goes by the data. The towers of --init bring their names, and are frozen.
     """
-    overrides = {field.name: getattr(args, field.name) for field in fields(model.Config)
-                 if getattr(args, field.name) is not None}
+    overrides = {f.name: getattr(args, f.name) for f in fields(model.Config)
+                 if getattr(args, f.name) is not None}
     overrides = {name: tuple(value) if isinstance(value, list) else value
                  for name, value in overrides.items()}
     if args.dataset in data.LENGTHS:
