@@ -319,6 +319,9 @@ def tell(error):
     elif isinstance(error, dist.DistError) or "gloo" in str(error):
         print(f"{name}: lost another process, which ended without a word (killed?)",
               file=sys.stderr)
+    elif str(error).startswith("DataLoader worker"):
+        print(f"{name}: lost a process of the loader, which was killed (out of memory? try fewer "
+              f"--workers)", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stderr.flush()

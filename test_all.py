@@ -666,11 +666,11 @@ class Counts(unittest.TestCase):
         for name, published in model.PUBLISHED.items():
             self.assertIn(f"`{published.file}`", readme)
             self.assertIn(f"<{published.address}>", readme)
-        for flag in set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", readme)):
+        for flag in set(re.findall(r"(?<=[ `])--[a-z][a-z_-]+", readme)):
             known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
             field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
             self.assertTrue(f'"{flag}"' in known or hasattr(model.Config, field) or flag in (
-                "--nnodes", "--rdzv-endpoint", "--max-restarts", "--help"), flag)
+                "--nnodes", "--nproc_per_node", "--rdzv-endpoint", "--max-restarts", "--help"), flag)
 
     def test_parts(self):
         with torch.device("meta"):

@@ -383,8 +383,8 @@ def run_folder(args):
             raise NotADirectoryError(f"{out} is a file; --out names a folder")
     else:
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
-        used = [name for name in names if checkpoints(name)]
-        out = used[-1] if resume and used else next(name for name in names if not name.exists())
+        used = [name for name in names if name.exists()]
+        out = used[-1] if resume and used else next(name for name in names if name not in used)
     if args.resume == "must" and not checkpoints(out):
         raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume; without --resume one begins")
     if (out / "best.pt").exists() and not checkpoints(out):
@@ -428,8 +428,13 @@ def find_towers(args, config, init):
 
 def draw_if_missing(args):
     """Draws the data set if it is one to be drawn and not there."""
-    if args.dataset in data.DOMAINS and not (Path(args.data) / args.dataset).exists():
-        data.draw_shapes(args.data, name=args.dataset)
+    folder = Path(args.data) / args.dataset
+    if args.dataset in data.DOMAINS and not folder.exists():
+        try:
+            data.draw_shapes(args.data, name=args.dataset)
+        except OSError:
+            if not folder.exists():     # else another run has drawn the same in the meantime
+                raise
 
 
 def find_vocabulary(args, config, init):
