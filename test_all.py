@@ -670,7 +670,8 @@ class Counts(unittest.TestCase):
             known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
             field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
             self.assertTrue(f'"{flag}"' in known or hasattr(model.Config, field) or flag in (
-                "--nnodes", "--nproc_per_node", "--rdzv-endpoint", "--max-restarts", "--help"), flag)
+                "--nnodes", "--nproc_per_node", "--rdzv-endpoint", "--max-restarts", "--help"),
+                flag)
 
     def test_parts(self):
         with torch.device("meta"):
