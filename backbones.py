@@ -623,15 +623,13 @@ def vision_tower(path, state):
               if ".freqs_" in name and layout.form == "eva"}
     width, _, _, patch = size("patch.weight", 4)
     positions = size("position", 3)[1]
-    if width % 64:
-        raise WeightsError(f"{path}: {width} channels cannot be shared by heads of 64")
     grid = math.isqrt(positions - 1)
     if grid == 0 or grid ** 2 != positions - 1:
         raise WeightsError(f"{path}: tensor {renamed('position', layout.names)} is misshapen: "
                            f"{positions} positions are not one and a square grid")
     shape = VisionShape(
-        patch, width, depth=count_blocks(path, state, layout), heads=width // 64, grid=grid,
-        registers=size("registers", 3)[1] if layout.form == "dinov2" else 0,
+        patch, width, depth=count_blocks(path, state, layout), heads=heads_of(path, width),
+        grid=grid, registers=size("registers", 3)[1] if layout.form == "dinov2" else 0,
         embed=0 if layout.form == "dinov2" else size("projection.weight", 2)[0],
         form=layout.form)
     tower = filled(ViT, shape, state, path, layout.names)
@@ -657,10 +655,8 @@ def text_tower(path, state):
     if layout.names is HF_CLIP_TEXT_NAMES:          # a text tower alone is saved without it
         state.setdefault("logit_scale", torch.zeros(()))
     vocabulary, width = size("embedding.weight", 2)
-    if width % 64:
-        raise WeightsError(f"{path}: {width} channels cannot be shared by heads of 64")
     shape = TextShape(
-        width, depth=count_blocks(path, state, layout), heads=width // 64,
+        width, depth=count_blocks(path, state, layout), heads=heads_of(path, width),
         embed=size("projection", 2)[1], vocabulary=vocabulary, positions=size("position", 2)[0],
         form=layout.form)
     return filled(TextTransformer, shape, state, path, layout.names)
@@ -816,6 +812,13 @@ def count_blocks(path, state, layout):
     if missing:
         raise WeightsError(f"{path}: tensors missing: there is no {prefix}.{min(missing)}.*")
     return max(numbers) + 1
+
+
+def heads_of(path, width):
+    """How many attention heads a published tower of this width has: each is 64 wide."""
+    if width % 64:
+        raise WeightsError(f"{path}: {width} channels cannot be shared by heads of 64")
+    return width // 64
 
 
 def dimensions(path, state, name, count):

@@ -97,10 +97,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
             truth = truth.to(device)
             predicted = data.unletterbox(square, *truth.shape[::-1]) > THRESHOLD
             rows.append((index, int((predicted & truth).sum()), int((predicted | truth).sum())))
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, rows)
-        rows = [row for part in gathered for row in part]
+    rows = [row for part in from_all(rows, world) for row in part]
     return np.array(sorted(rows), dtype=np.int64).reshape(-1, 3)
 
 
@@ -281,6 +278,15 @@ def processes():
         os._exit(status)                # an orderly leave would wait for the others
     gc.collect()                        # DistributedDataParallel, whose threads must end first
     dist.destroy_process_group()
+
+
+def from_all(thing, world):
+    """What each process has for `thing`, as a list, in all of them."""
+    if world == 1:
+        return [thing]
+    things = [None] * world
+    dist.all_gather_object(things, thing)
+    return things
 
 
 def told_once(error, store):

@@ -83,6 +83,10 @@ class Config:
     epochs: int = 50
     decay_epoch: int = 35               # from the end of this epoch on, the rate is a tenth
 
+    @property
+    def towers_learn(self):
+        return self.train_towers or self.method == "full"
+
 
 # For drawn data: small, and quickly trained. There are no pretrained towers, so they learn, too.
 DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
@@ -431,10 +435,7 @@ class UniModal(nn.Module):
         super().__init__()
         self.config, self.vision, self.text = config, vision, text
         rank = config.tuner_rank
-        if config.method == "full":
-            backbones.unfreeze(vision)
-            backbones.unfreeze(text)
-        elif config.method == "houlsby":
+        if config.method == "houlsby":
             behind_mlps(vision, text, lambda width: BottleneckAdapter(width, rank, scale=1))
         elif config.method == "compacter":
             self.factors = KroneckerFactors()
@@ -511,7 +512,7 @@ def check(config):
         if getattr(config, field) != getattr(Config, field):
             raise ConfigError(f"{field} plays no part in method {config.method}; for another "
                               f"method take one of its presets")
-    if vision.embed and not method.projects and (config.train_towers or config.method == "full"):
+    if vision.embed and not method.projects and config.towers_learn:
         raise ConfigError(f"method {config.method} would leave the projection of {config.vision} "
                           f"without use, so it cannot learn; take a tower of DINOv2's form")
     for field in fields(Config):
@@ -583,7 +584,7 @@ def wire(config, vision, text):
     vision.old_positions = config.old_positions
     model = METHODS[config.method](config, vision, text)
     for tower in (vision, text):
-        if config.train_towers:
+        if config.towers_learn:
             backbones.unfreeze(tower)
         if config.train_positions and backbones.from_clip(tower):
             tower.position.requires_grad_(True)

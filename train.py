@@ -261,7 +261,7 @@ class Trainer:
         else:
             self.progress.loss += loss
         if self.in_a_row == 3 and not self.half:
-            refs = self.from_all(report.refs)
+            refs = evaluate.from_all(report.refs, self.world)
             raise model.ConfigError(
                 f"loss or gradient was not finite in three steps in a row of epoch "
                 f"{self.progress.epoch}, at last with refs {', '.join(sum(refs, []))}; "
@@ -309,21 +309,13 @@ class Trainer:
                 save()
             # The last step's wish, or one that came during the save, is in no report. This gathers
             # it, and nobody leaves before the first process has saved.
-            if any(self.from_all(bool(stop or stops.wish))):
+            if any(evaluate.from_all(bool(stop or stops.wish), self.world)):
                 sys.exit(128 + (stops.wish or signal.SIGTERM))
-
-    def from_all(self, thing):
-        """What each process has for `thing`, as a list, in all of them."""
-        if self.world == 1:
-            return [thing]
-        things = [None] * self.world
-        dist.all_gather_object(things, thing)
-        return things
 
     def save(self, path, **more):
         """Writes a checkpoint to go on from; the one that was there stays as previous.pt."""
-        random = self.from_all((torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
-                                if self.device.type == "cuda" else None))
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        random = evaluate.from_all((torch.get_rng_state(), on_device), self.world)
         if self.rank == 0:
             model.save(path, self.net, previous=path.with_name("previous.pt"), **more,
                        progress=asdict(self.progress), random=random,
@@ -383,8 +375,8 @@ def run_folder(args):
             raise NotADirectoryError(f"{out} is a file; --out names a folder")
     else:
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
-        used = [name for name in names if name.exists()]
-        out = used[-1] if resume and used else next(name for name in names if name not in used)
+        out = ([names[0], *(name for name in names if name.exists())][-1] if resume else
+               next(name for name in names if not name.exists()))
     if args.resume == "must" and not checkpoints(out):
         raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume; without --resume one begins")
     if (out / "best.pt").exists() and not checkpoints(out):
@@ -419,7 +411,7 @@ def find_towers(args, config, init):
     if init or args.random_towers:
         return None, None
     paths = model.find_weights(config, args.vision_weights, args.text_weights)
-    if None in paths and not (config.train_towers or config.method == "full"):
+    if None in paths and not config.towers_learn:
         raise model.ConfigError(
             f"preset {args.preset} keeps its towers as they are, but there is no file of one: "
             f"--init CKPT takes both from a trained run such as runs/shapes/best.pt")
@@ -525,6 +517,7 @@ def train(args, config, init, rank, world, device):
     trainer = Trainer(net.to(device), config, args.seed, rank, world, device, dtype, pieces)
     if checkpoint:
         trainer.restore(path, checkpoint)
+        del checkpoint                  # the weights and the optimizer's state a second time
     progress = trainer.progress
     batches = GlobalBatches(len(train_set), config.batch_size, micro, rank, world, args.seed)
     steps = len(batches) // pieces
