@@ -6,6 +6,7 @@ without it, the tests of CLIP's token ids are skipped with a message.
 """
 
 import contextlib
+import copy
 import gzip
 import io
 import itertools
@@ -2358,8 +2359,8 @@ class Runs(unittest.TestCase):
         self.assertEqual(status, 0, err)
         names = {path.name for path in (self.root / "first").iterdir()
                  if not path.name.startswith("events.")}
-        self.assertEqual(names, {"log.jsonl", "last.pt", "previous.pt", "best.pt", "val.png",
-                                 "curves.png"})
+        self.assertEqual(names, {".lock", "log.jsonl", "last.pt", "previous.pt", "best.pt",
+                                 "val.png", "curves.png"})
         rows = self.log("first")
         self.assertEqual([row["epoch"] for row in rows], [1, 2])
         self.assertEqual([row["lr"] for row in rows], [1e-3, 1e-4])
@@ -2773,6 +2774,7 @@ TRICKS = {
     "fail at one": lambda rank: rank == 1 and after(train.Trainer, "step", broken_photo, 4),
     "full disk": lambda rank: after(train.Trainer, "step", lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (100_000, 100_000)), 7),
+    "slow": lambda rank: after(train.Trainer, "step", lambda: time.sleep(0.1)),
     "not finite": lambda rank: spoil(lambda call: call in (2, 5, 6, 9)),
     "never finite": lambda rank: spoil(lambda call: call > 6),
 }
@@ -2843,7 +2845,7 @@ class Survival(unittest.TestCase):
             self.assertEqual(*[[row[key] for row in log] for log in rows])
         self.assertEqual({path.name for path in out.iterdir()
                           if not path.name.startswith("events.")},
-                         {"log.jsonl", "last.pt", "previous.pt", "best.pt", "val.png",
+                         {".lock", "log.jsonl", "last.pt", "previous.pt", "best.pt", "val.png",
                           "curves.png"})
 
     def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
@@ -2947,6 +2949,7 @@ class Survival(unittest.TestCase):
             else:
                 damaged[moments.randrange(len(damaged))] ^= 1 << moments.randrange(8)
             (out / "last.pt").write_bytes(damaged)
+            (out / "last.pt.damaged").unlink(missing_ok=True)
             (out / "previous.pt").write_bytes((whole / "previous.pt").read_bytes())
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 path = train.newest_whole(out)
@@ -2958,15 +2961,87 @@ class Survival(unittest.TestCase):
             else:
                 found += 1
                 self.assertEqual(path, out / "previous.pt")
-                self.assertRegex(said.getvalue(), "warning: .*last.pt: .*; going on from .*prev")
+                self.assertEqual((out / "last.pt.damaged").read_bytes(), damaged)
+                self.assertRegex(said.getvalue(), "warning: .*last.pt: .*; kept as .*, going on from .*prev")
         self.assertGreater(found, 40)
         (out / "last.pt").write_bytes(good[:5000])
+        (out / "previous.pt").write_bytes((whole / "previous.pt").read_bytes())
         self.assertEqual(self.run_out(out)[0], [0])
+        model.read_checkpoint(out / "previous.pt")      # not the damaged one
+        (out / "last.pt.damaged").unlink()
         self.same_as_whole(out, 1)
         for path in (out / "last.pt", out / "previous.pt"):
             path.write_bytes(good[:5000])
         statuses, lines = self.run_out(out)
         self.assertEqual((statuses, len(lines)), ([2], 2), lines)
+
+    def test_checkpoints_with_odd_values(self):
+        """Whatever is changed in a last.pt by hand is refused in a line."""
+        out, good = self.root / "odd", model.read_checkpoint(self.root / "whole1" / "previous.pt")
+        out.mkdir()
+        moments = good["optimizer"]["state"][0]
+        for *keys, value in (
+                ("progress", []), ("progress", "epoch", 2**70), ("progress", "epoch", 1.0),
+                ("progress", "step", -1), ("progress", "step", 10**6),
+                ("progress", "loss", torch.zeros(2)), ("progress", "best", math.nan),
+                ("progress", "rows", []), ("progress", "rows", 0, "images_per_s", 0),
+                ("progress", "rows", 0, "miou", torch.zeros(1)), ("progress", "more", 1),
+                ("optimizer", {}), ("optimizer", "state", {}), ("optimizer", "state", 0, {}),
+                ("optimizer", "state", 0, "step", 3), ("optimizer", "state", 0, "exp_avg",
+                                                       moments["exp_avg"].to_sparse()),
+                ("optimizer", "state", 0, "exp_avg_sq", moments["exp_avg_sq"].int()),
+                ("optimizer", "state", 0, "step", torch.zeros(2)),
+                ("optimizer", "param_groups", []), ("optimizer", "param_groups", 0, "betas", None),
+                ("optimizer", "param_groups", 0, "amsgrad", True),
+                ("optimizer", "param_groups", 0, "lr", math.inf), ("scaler", {}),
+                ("scaler", "scale", math.nan), ("scaler", "scale", "much"), ("random", []),
+                ("random", [(torch.zeros(3), None)]), ("random", 5),
+                ("run", "seed", torch.zeros(2)), ("config", "lr", torch.zeros(2))):
+            odd = copy.deepcopy(good)
+            at = odd
+            for key in keys[:-1]:
+                at = at[key]
+            at[keys[-1]] = value
+            torch.save(odd, out / "last.pt")
+            status, _, said = program(train, *self.command, "--out", out)
+            self.assertEqual((status, said.count("\n")), (2, 1), (keys, said))
+            self.assertRegex(said, "odd/last.pt", keys)
+
+    def test_no_two_runs_in_one_folder(self):
+        out = self.root / "shared"
+        first = begin(self.root, [*self.command, "--out", out], "slow")
+        while not (out / ".lock").exists():
+            time.sleep(0.05)
+        (self.root / "other").mkdir()
+        second = begin(self.root / "other", [*self.command, "--out", out])
+        second[0].join(60)
+        said = (self.root / "other" / "0.txt").read_text()
+        self.assertEqual((second[0].exitcode, said.count("\n")), (2, 1), said)
+        self.assertRegex(said, "another run is writing there")
+        self.assertEqual(self.finish(first)[0], [0])
+        self.same_as_whole(out, 1)
+        # Without --out each takes a name of its own; what a killed one took is free again.
+        place, script = folder(self), textwrap.dedent(f"""
+            import argparse, sys
+            sys.path[:0] = [{str(HERE)!r}]
+            import train
+            print(train.run_folder(argparse.Namespace(out=None, resume=None, preset="shapes")),
+                  flush=True)
+            sys.stdin.read()
+        """)
+        runs = []
+        for name in (b"runs/shapes\n", b"runs/shapes-2\n", b"runs/shapes\n"):
+            runs.append(subprocess.Popen([sys.executable, "-c", script], cwd=place,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            self.assertEqual(runs[-1].stdout.readline(), name)
+            if len(runs) == 2:
+                runs[0].kill()
+                runs[0].wait()
+        for run in runs:
+            run.communicate()
+        statuses, lines = self.run_out(self.root / "0.txt" / "below")
+        self.assertEqual((statuses, len(lines)), ([2], 1))
+        self.assertRegex(lines[0], "cannot be written to: Not a directory")
 
     def test_resuming_a_finished_run_and_another_one(self):
         out = self.root / "finished"

@@ -19,6 +19,8 @@ previous.pt is the last.pt before.
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -144,13 +146,16 @@ class Progress:
     @classmethod
     def of(cls, path, values):
         """The progress that a checkpoint holds. WeightsError if its values cannot be one's."""
+        def finite(*numbers):
+            return all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+
         try:
             progress = cls(**values)
-            whole = (progress.epoch, progress.step, progress.skipped, progress.left_out)
-            sound = (all(type(n) is int and n >= 0 for n in whole) and progress.epoch > 0
-                     and all(math.isfinite(x) for x in (progress.loss, progress.seconds,
-                                                        progress.best))
+            counts = (progress.epoch, progress.step, progress.skipped, progress.left_out)
+            sound = (all(type(n) is int and 0 <= n < 2**40 for n in counts) and progress.epoch > 0
+                     and finite(progress.loss, progress.seconds, progress.best)
                      and all({"epoch", "loss", "miou", "oiou", "images_per_s"} <= row.keys()
+                             and finite(*row.values()) and row["images_per_s"] > 0
                              for row in progress.rows)
                      and [row["epoch"] for row in progress.rows] == [*range(1, progress.epoch)])
         except (TypeError, AttributeError):
@@ -324,19 +329,38 @@ class Trainer:
     def restore(self, path, checkpoint):
         """Takes up what `save` wrote beside the weights. WeightsError where that does not fit."""
         self.progress = Progress.of(path, checkpoint["progress"])
+        optimizer, scaler = self.optimizer.state_dict(), self.scaler.state_dict()
+        unmoved = self.progress.epoch == 1 and self.progress.step == self.progress.left_out
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            self.random = checkpoint["random"]
-            for host, _ in self.random:
+            state, (group,) = (checkpoint["optimizer"][key] for key in ("state", "param_groups"))
+            sound = (group == {**optimizer["param_groups"][0], "lr": group["lr"]}
+                     and math.isfinite(group["lr"])
+                     and (not state and unmoved or state.keys() == set(range(len(self.learned))))
+                     and all(moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+                             and alike(moments["step"], torch.tensor(0.0))
+                             and alike(moments["exp_avg"], self.learned[i])
+                             and alike(moments["exp_avg_sq"], self.learned[i])
+                             for i, moments in state.items())
+                     and {name: type(value) for name, value in checkpoint["scaler"].items()}
+                     == {name: type(value) for name, value in scaler.items()}
+                     and 0 < checkpoint["scaler"]["scale"] < math.inf)
+            self.random = [(host, on_device) for host, on_device in checkpoint["random"]]
+            for host, on_device in self.random:
                 torch.Generator().set_state(host)       # raises where it is no such state
-            for tensor, state in self.optimizer.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if state[name].shape != tensor.shape:
-                        raise ValueError(f"{name} of shape {tuple(state[name].shape)}")
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                sound &= on_device is None or on_device.dtype == torch.uint8
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            sound = False
+        if not sound or not self.random:
             raise model.WeightsError(f"{path}: its optimizer, scaler or random state is not this "
-                                     f"run's: {error}") from None
+                                     f"run's")
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+
+
+def alike(tensor, other):
+    """Whether a value is a dense tensor with the other's shape and type."""
+    return (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            and tensor.shape == other.shape and tensor.dtype == other.dtype)
 
 
 def peak_memory_gb(device):
@@ -367,22 +391,47 @@ def from_first(make, rank, world):
 
 
 def run_folder(args):
-    """The folder of this run: OUT, or the first free (resuming: the last used) runs/PRESET[-N]."""
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """The folder of this run, which no other run has: OUT, or the first free runs/PRESET[-N].
+
+    Resuming without OUT: the one with a checkpoint that was written to last. Raises OSError.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if args.out:
-        out = Path(args.out)
-        if out.exists() and not out.is_dir():
-            raise NotADirectoryError(f"{out} is a file; --out names a folder")
+        names = [Path(args.out)]
     else:
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
-        out = ([names[0], *(name for name in names if name.exists())][-1] if resume else
-               next(name for name in names if not name.exists()))
+        if args.resume or restarted:
+            used = [name for name in names if checkpoints(name) or restarted and name.exists()]
+            names = [max(used, key=os.path.getmtime, default=names[0])]
+        else:           # one that holds nothing but a lock was left by a run that failed at once
+            names = [name for name in names
+                     if not name.exists() or name.is_dir() and set(os.listdir(name)) <= {".lock"}]
+    out = names[0]
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; --out names a folder")
     if args.resume == "must" and not checkpoints(out):
         raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume; without --resume one begins")
     if (out / "best.pt").exists() and not checkpoints(out):
         raise FileExistsError(f"{out} holds the best.pt of a run and no last.pt to go on from; "
                               f"another --out starts afresh")
-    return out
+    for out in names:
+        if take(out):
+            return out
+    raise FileExistsError(f"{out}: another run is writing there; give this one another --out")
+
+
+def take(out):
+    """Whether this process may write to the folder `out`; no other one may then until it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)       # never closed
+    except OSError as error:
+        raise OSError(f"{out}: cannot be written to: {error.strerror}") from None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:        # others come from file systems without locks
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 def checkpoints(out):
@@ -391,7 +440,10 @@ def checkpoints(out):
 
 
 def newest_whole(out):
-    """The path to go on from, or None. A damaged last.pt is passed over with a warning."""
+    """The path to go on from, or None. A damaged last.pt gives way to previous.pt, with a warning.
+
+    It is renamed, or the next one saved would make it the previous.pt.
+    """
     paths = checkpoints(out)
     for path in paths:
         try:
@@ -400,7 +452,9 @@ def newest_whole(out):
         except model.WeightsError as error:
             if path == paths[-1]:
                 raise
-            print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
+            path.rename(f"{path}.damaged")
+            print(f"warning: {error}; kept as {path.name}.damaged, going on from {paths[-1]}",
+                  file=sys.stderr)
 
 
 def find_towers(args, config, init):
@@ -494,7 +548,8 @@ def load_model(args, config, towers, init, run, path):
                                  f"scaler); a best.pt cannot be resumed")
     before = {**checkpoint["config"], **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
-                 for key, value in {**asdict(config), **run}.items() if before.get(key) != value]
+                 for key, value in {**asdict(config), **run}.items()
+                 if type(before.get(key)) is not type(value) or before[key] != value]
     if different:
         raise model.ConfigError(f"{path} is a checkpoint of another run: {'; '.join(different)}; "
                                 f"another --out starts afresh")
@@ -585,10 +640,9 @@ class Log:
 
     def __init__(self, out, rows):
         self.out = out
-        out.mkdir(parents=True, exist_ok=True)
         for left in out.glob("*.[0-9]*.tmp"):       # of a process that was killed while it wrote
             left.unlink()
-        self.write(rows)            # the folder is taken, and better now than later if it cannot be
+        self.write(rows)
         self.board = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
