@@ -2962,7 +2962,8 @@ class Survival(unittest.TestCase):
                 found += 1
                 self.assertEqual(path, out / "previous.pt")
                 self.assertEqual((out / "last.pt.damaged").read_bytes(), damaged)
-                self.assertRegex(said.getvalue(), "warning: .*last.pt: .*; kept as .*, going on from .*prev")
+                self.assertRegex(said.getvalue(),
+                                 "warning: .*last.pt: .*; kept as .*, going on from .*prev")
         self.assertGreater(found, 40)
         (out / "last.pt").write_bytes(good[:5000])
         (out / "previous.pt").write_bytes((whole / "previous.pt").read_bytes())
