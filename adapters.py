@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from backbones import MultiheadAttention, attend
+
 SCALE = 0.2         # of an adapter's output, as in the authors' program
 
 
@@ -103,13 +105,12 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.query = nn.Linear(rank, width)
         self.words = nn.Linear(text_width, width)
-        self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.attention = MultiheadAttention(width, heads, dropout)
         self.back = nn.Linear(width, rank)
 
     def forward(self, patches, words):
         words = self.words(words)
-        fused, _ = self.attention(self.query(patches), words, words, need_weights=False)
-        return self.back(fused)
+        return self.back(self.attention(self.query(patches), words, words))
 
 
 class DenseCrossAdapter(nn.Module):
@@ -244,10 +245,7 @@ class GlobalBlock(nn.Module):
 
     def forward(self, x, prior):
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for t in (q, k, v + self.prior(prior)))      # (B, heads, N, width/heads)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        x = x + self.out(attend(q, k, v + self.prior(prior), self.heads))
         return x + self.mlp(self.norm2(x))
 
 
@@ -320,10 +318,10 @@ class GatedCrossAttention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = MultiheadAttention(width, heads)
 
     def forward(self, x, other):
-        return x * self.attention(x, other, other, need_weights=False)[0]
+        return x * self.attention(x, other, other)
 
 
 def pointwise_bn_relu(width, out_width):

@@ -82,13 +82,58 @@ FORMS = {
 }
 
 
-def attend(q, k, v, heads, causal=False, angles=None):
-    """softmax(q k^T / sqrt(D/heads)) v for each head; all (B, N, D). `angles`: of `ViT.angles`."""
+def attend(q, k, v, heads, causal=False, angles=None, padding=None, dropout=0.0):
+    """softmax(q k^T / sqrt(D/heads)) v for each head: (B, N, D) from q, and k and v (B, M, D).
+
+    `angles`: of `ViT.angles`. `padding` (B, M) is True where no one may look. `dropout`: the share
+    of the softmax's weights that become zero.
+    """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if angles is not None:
         q, k = turn(q, *angles), turn(k, *angles)
-    x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)           # (B, heads, N, D/heads)
+    seen = None if padding is None else ~padding[:, None, None]
+    # On CPUs PyTorch's fused kernel has no dropout, and its bfloat16 is half as fast as products.
+    if q.device.type == "cpu" and not causal and (dropout or q.dtype == torch.bfloat16):
+        x = AttentionInSteps.apply(q, k, v, seen, dropout)
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)  # (B, heads, N, D/heads)
     return x.transpose(1, 2).flatten(2)
+
+
+class AttentionInSteps(torch.autograd.Function):
+    """softmax(q k^T / sqrt(C)) v of all heads, with dropout of the softmax's weights.
+
+    q (B, heads, N, C), k and v (B, heads, M, C), seen (B, 1, 1, M) or None. Its own backward, as
+    autograd would keep the weights three times: plain, masked, and the mask in their type.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, seen, dropout):
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)              # (B, heads, N, M)
+        if seen is not None:
+            scores.masked_fill_(~seen, -torch.inf)
+        weights, dropped, ctx.more = scores.softmax(-1), None, 1.0
+        if dropout:
+            # Random numbers are the slowest part, so one of 64 bits decides for four weights.
+            threshold = round(dropout * 2**16)
+            bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+            dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
+            ctx.more = 1 / (1 - threshold / 2**16)
+        out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.more)
+        ctx.save_for_backward(q, k, v, weights, dropped, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k, v, weights, dropped, out = ctx.saved_tensors
+        scale, to_out = q.shape[-1] ** -0.5, gradient * ctx.more
+        used = weights if dropped is None else weights.masked_fill(dropped, 0)
+        to_v, to_scores = used.transpose(-1, -2) @ to_out, to_out @ v.transpose(-1, -2)
+        if dropped is not None:
+            to_scores.masked_fill_(dropped, 0)
+        # The softmax's: its sum over a row's weights is this one over the channels of what came out.
+        to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
+        return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
 
 
 def turn(x, cos, sin):
@@ -114,6 +159,22 @@ class Attention(nn.Module):
 
     def forward(self, x, causal=False, angles=None):
         return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, angles))
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """PyTorch's, with its parameters: queries (B, N, D), keys and values (B, M, ...) to (B, N, D).
+
+    Its own forward moves the batch to the middle, at a price (bfloat16 on CPUs: all of them), and
+    knows no fused dropout.
+    """
+
+    def forward(self, query, key, value, padding=None):
+        weights = (self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else
+                   (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
+        q, k, v = (F.linear(x, *layer) for x, *layer in zip(
+            (query, key, value), weights, self.in_proj_bias.chunk(3)))
+        return self.out_proj(attend(q, k, v, self.num_heads, padding=padding,
+                                    dropout=self.dropout if self.training else 0.0))
 
 
 class InnerNormAttention(nn.Module):

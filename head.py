@@ -11,13 +11,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from backbones import MultiheadAttention
+
 
 def conv_bn_relu(channels, out_channels, kernel=1):
     """A convolution that keeps the size. Unlike the adapters': without bias, and eps 1e-5."""
-    return nn.Sequential(
-        nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU())
+    return bn_relu(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False))
+
+
+def bn_relu(convolution):
+    """The convolution and all that follows it."""
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels),
+                         nn.ReLU(inplace=True))
 
 
 class Gate(nn.Module):
@@ -91,10 +96,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, width, text_width, heads, dropout):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.self_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.self_attention = MultiheadAttention(width, heads, dropout)
         self.self_attention_norm = nn.LayerNorm(width)
-        self.cross_attention = nn.MultiheadAttention(
-            width, heads, dropout, batch_first=True, kdim=text_width, vdim=text_width)
+        self.cross_attention = MultiheadAttention(
+            width, heads, dropout, kdim=text_width, vdim=text_width)
         self.cross_attention_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(width),
@@ -104,10 +109,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x, words, places, word_places, padding):
         normed = self.norm1(x)
         query = key = normed + places
-        mixed, _ = self.self_attention(query, key, normed, need_weights=False)
+        mixed = self.self_attention(query, key, normed)
         x = x + self.dropout(self.self_attention_norm(mixed))
-        read, _ = self.cross_attention(self.norm2(x) + places, words + word_places, words,
-                                       key_padding_mask=padding, need_weights=False)
+        read = self.cross_attention(self.norm2(x) + places, words + word_places, words, padding)
         x = x + self.dropout(self.cross_attention_norm(read))
         return x + self.dropout(self.feed_forward(self.norm3(x)))
 
@@ -134,31 +138,68 @@ class Decoder(nn.Module):
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
 
 
+class UpsampledConvolution(nn.Conv2d):
+    """Bilinear upsampling by 2, then a 3x3 convolution without bias: (B, C, h, w) to (B, C', 2h, 2w).
+
+    Both are linear, so the convolution's nine taps may act first, as 1x1 convolutions of the small
+    map: a quarter of the multiplications. What each tap gives is then upsampled, moved to its place
+    and added up, one axis after the other, and on one axis all three are one matrix.
+    """
+
+    def __init__(self, channels, out_channels):
+        super().__init__(channels, out_channels, 3, bias=False)
+
+    def forward(self, x):
+        rows, columns = (upsample_and_shift(side).to(x) for side in x.shape[-2:])
+        # In memory channels come last, or three axes would have to be moved about.
+        kernel = self.weight.permute(2, 3, 0, 1)                            # (3, 3, C', C)
+        taps = F.conv2d(x.contiguous(memory_format=torch.channels_last),
+                        kernel.flatten(0, 2)[..., None, None])              # (B, 9 C', h, w)
+        taps = taps.permute(0, 2, 3, 1).unflatten(3, (3, -1))               # (B, h, w, 3, 3 C')
+        taps = taps.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2)         # (B, 3 h, w * 3 C')
+        tall = rows.permute(2, 0, 1).flatten(1) @ taps                      # (B, 2h, w * 3 C')
+        tall = tall.unflatten(2, (-1, self.out_channels))                   # (B, 2h, w * 3, C')
+        wide = columns.permute(2, 1, 0).flatten(1) @ tall                   # (B, 2h, 2w, C')
+        return wide.permute(0, 3, 1, 2)
+
+
+def upsample_and_shift(side):
+    """(3, side, 2 * side): what entry i of a row gives to entry j, upsampled and then moved by
+    -1, 0 and 1; zeros come in at the ends."""
+    up = F.interpolate(torch.eye(side)[None], scale_factor=2, mode="linear")[0]
+    return torch.stack([F.pad(up, (1 - k, k - 1)) for k in range(3)])
+
+
 class Projector(nn.Module):
     """The up-sampling projector (DCRIS Eq. 5, BarLeRIa Eq. 12).
 
-    Map (B, width, h, w) and sentence (B, E) to logits (B, 1, 4h, 4w): the sentence becomes the
-    weights and bias of one 3x3 convolution over its own sample's four times larger map.
+    Map (B, width, h, w) and sentence (B, E) to logits (B, 1, 4h, 4w), in single precision or
+    double: the sentence becomes the weights and bias of one 3x3 convolution over its own sample's
+    four times larger map.
     """
 
     def __init__(self, width, sentence_width):
         super().__init__()
         self.channels = width // 2
-        upsample = nn.Upsample(scale_factor=2, mode="bilinear")
         self.image = nn.Sequential(
-            upsample, conv_bn_relu(width, width, 3),
-            upsample, conv_bn_relu(width, self.channels, 3),
+            bn_relu(UpsampledConvolution(width, width)),
+            bn_relu(UpsampledConvolution(width, self.channels)),
             nn.Conv2d(self.channels, self.channels, 1))
         self.sentence = nn.Linear(sentence_width, self.channels * 9 + 1)
 
     def forward(self, x, sentence):
-        x = self.image(x)                                                   # F_c, (B, C, 4h, 4w)
-        batch, channels, height, width = x.shape
-        kernel, bias = self.sentence(sentence).split([channels * 9, 1], dim=1)      # F_l
-        logits = F.conv2d(x.reshape(1, batch * channels, height, width),
-                          kernel.reshape(batch, channels, 3, 3), bias.flatten(),
-                          padding=1, groups=batch)                          # (1, B, 4h, 4w)
-        return logits.transpose(0, 1)
+        *larger, last = self.image
+        for layer in larger:
+            x = layer(x)                                                    # (B, C, 4h, 4w)
+        kernel, bias = self.sentence(sentence).split([self.channels * 9, 1], dim=1)     # F_l
+        kernel = kernel.unflatten(1, (self.channels, 9))
+        # `last` makes F_c of x, pixel by pixel, which the kernel can do as well: F_l . (W x + b) =
+        # (F_l W) . x + F_l . b. Then each of its nine places is a matrix product, and is moved.
+        constant = torch.einsum("bck,c->bk", kernel, last.bias)[..., None]
+        kernel = torch.einsum("bck,cdij->bkd", kernel, last.weight)
+        taps = constant + kernel @ x.flatten(2)                             # (B, 9, 16 h w)
+        taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
+        return F.fold(taps.flip(1), x.shape[-2:], 3, padding=1) + bias[..., None, None]
 
 
 class Head(nn.Module):

@@ -797,7 +797,8 @@ RELEASED_NAMES = [
     (r"\.cross_attention\.", ".multihead_attn."),
     (r"\.cross_attention_norm\.", ".cross_attn_norm."),
     (r"\.feed_forward\.", ".ffn."),
-    (r"^head\.projector\.image\.", "proj.vis."),
+    (r"^head\.projector\.image\.(\d)\.",       # they have the upsamplings between
+     lambda match: f"proj.vis.{(1, 3, 4)[int(match[1])]}."),
     (r"^head\.projector\.sentence\.", "proj.txt."),
     (r"^dense_cross_adapters\.(\d+)\.", r"dinov2.blocks.\1.adapter."),
     (r"^text_adapters\.(\d+)\.", r"txt_backbone.transformer.resblocks.\1.adapter."),

@@ -290,9 +290,9 @@ class Equations(unittest.TestCase):
         projector = shake(head.Projector(8, 12))
         x, sentence = torch.randn(3, 8, 3, 4).double(), torch.randn(3, 12).double()
         image = projector.image
-        f_c = plain_conv_bn_relu(plain_upsample(x), image[1])
-        f_c = plain_conv_bn_relu(plain_upsample(f_c), image[3])
-        f_c = plain_conv(f_c, image[4].weight, image[4].bias)
+        f_c = plain_conv_bn_relu(plain_upsample(x), image[0])
+        f_c = plain_conv_bn_relu(plain_upsample(f_c), image[1])
+        f_c = plain_conv(f_c, image[2].weight, image[2].bias)
         f_l = plain_linear(sentence, projector.sentence)
         logits = torch.cat([
             plain_conv(f_c[i:i + 1], f_l[i, :-1].reshape(1, 4, 3, 3), f_l[i, -1:])
