@@ -131,7 +131,7 @@ class AttentionInSteps(torch.autograd.Function):
         to_v, to_scores = used.transpose(-1, -2) @ to_out, to_out @ v.transpose(-1, -2)
         if dropped is not None:
             to_scores.masked_fill_(dropped, 0)
-        # The softmax's: its sum over a row's weights is this one over the channels of what came out.
+        # The softmax's sum over a row's weights is this one over the channels of what came out.
         to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
         return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
 

@@ -139,7 +139,7 @@ class Decoder(nn.Module):
 
 
 class UpsampledConvolution(nn.Conv2d):
-    """Bilinear upsampling by 2, then a 3x3 convolution without bias: (B, C, h, w) to (B, C', 2h, 2w).
+    """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w).
 
     Both are linear, so the convolution's nine taps may act first, as 1x1 convolutions of the small
     map: a quarter of the multiplications. What each tap gives is then upsampled, moved to its place

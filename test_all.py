@@ -1702,6 +1702,31 @@ class Letterbox(unittest.TestCase):
         self.assertTrue(np.array(data.letterbox(Image.new("L", (4480, 10), 255), 448)).any())
         self.assertEqual(data.unletterbox(torch.rand(448, 448), 5000, 3).shape, (3, 5000))
 
+    def test_training_has_the_same_but_for_half_a_pixel(self):
+        def centre(square):
+            return (square.double()[None] * torch.stack(torch.meshgrid(
+                *2 * [torch.arange(448)], indexing="ij"))).sum((1, 2)) / square.sum()
+
+        for width, height in ((640, 480), (427, 640), (500, 333), (448, 448), (40, 31)):
+            y, x = np.mgrid[:height, :width]
+            disc = (x - 0.6 * width) ** 2 + (y - 0.3 * height) ** 2 < (0.2 * min(width, height)) ** 2
+            mask = Image.fromarray(disc * np.uint8(255))
+            square = data.training_letterbox(mask, 448)[0]
+            exact = data.to_tensor(data.letterbox(mask, 448))[0]
+            beside = 0.51 + abs(1 - 448 / max(width, height)) / 2
+            self.assertLess((centre(square) - centre(exact)).abs().max(), beside)
+            # The photo lies where its mask does.
+            photo = data.training_letterbox(mask.convert("RGB"), 448)
+            shown = data.training_letterbox(Image.new("L", mask.size, 255), 448)[0] > 0
+            self.assertEqual(photo.shape, (3, 448, 448))
+            border = torch.tensor(data.MEAN_COLOUR)[:, None]
+            self.assertTrue((photo[:, ~shown] == border).all())
+            self.assertLess((photo[0][shown].float() - square[shown].float()).abs().mean(), 1)
+        photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+        self.assertTrue(torch.equal(data.training_letterbox(photo, 64),
+                                    data.to_tensor(data.letterbox(photo, 64))))
+        self.assertEqual(data.training_letterbox(Image.new("L", (9000, 2)), 448).sum(), 0)
+
     def test_every_pixel_lies_where_the_authors_put_it(self):
         """A photo of a slope: its values say where a pixel of the square was taken from."""
         for width, height in ((640, 427), (333, 500), (40, 30)):
