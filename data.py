@@ -264,7 +264,7 @@ def training_letterbox(image, size):
     """`letterbox` for training: four times as fast, and uint8 (C, size, size) at once.
 
     PyTorch's resizing is quick but knows whole pixels alone, so a photo may lie a fraction of a
-    pixel (its own or the square's) beside its place. Its mask lies there, too: training cannot tell.
+    pixel (its own or the square's) beside its place. Its mask lies there, too.
     """
     scale = size / max(image.size)
     width, height = (max(1, round(scale * side)) for side in image.size)

@@ -1709,7 +1709,8 @@ class Letterbox(unittest.TestCase):
 
         for width, height in ((640, 480), (427, 640), (500, 333), (448, 448), (40, 31)):
             y, x = np.mgrid[:height, :width]
-            disc = (x - 0.6 * width) ** 2 + (y - 0.3 * height) ** 2 < (0.2 * min(width, height)) ** 2
+            radius = 0.2 * min(width, height)
+            disc = (x - 0.6 * width) ** 2 + (y - 0.3 * height) ** 2 < radius ** 2
             mask = Image.fromarray(disc * np.uint8(255))
             square = data.training_letterbox(mask, 448)[0]
             exact = data.to_tensor(data.letterbox(mask, 448))[0]

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=2 train.py --preset dcris-b --data DATA --dataset refcoco
     torchrun --nproc_per_node=4 train.py --preset dcris-l --data DATA --dataset mixed
     torchrun train.py --preset shapes-lora --dataset shapes-b --init runs/shapes/best.pt
+    python train.py --bench --preset dcris-b --batch-size 2    how fast is this machine?
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --preset dcris-l --data DATA --dataset refcoco+
 
@@ -27,7 +28,9 @@ import math
 import os
 import resource
 import signal
+import statistics
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -38,8 +41,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -665,6 +671,139 @@ class Log:
             self.board.flush()
 
 
+# ---------------------------------------------------------------------------------------------
+# The benchmark
+# ---------------------------------------------------------------------------------------------
+
+def bench(args, config, rank, world, device):
+    """Times a preset's forward pass and step on random numbers, and the loader on drawn photos.
+
+    Prints a table, in the first process; with --json writes the same figures.
+    """
+    dtype = evaluate.precision_type(args.precision, device)
+    pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
+    torch.manual_seed(args.seed)
+    trainer = Trainer(model.assemble(config).to(device), config, args.seed, rank, world, device,
+                      dtype, pieces)
+    batch = random_batch(config, micro, device)
+    images, tokens = data.normalise(batch["image"].to(device)), batch["tokens"].to(device)
+
+    def forward():
+        trainer.net.eval()
+        with torch.no_grad(), evaluate.autocast(device, dtype):
+            trainer.net(images, tokens)
+
+    def step():
+        trainer.net.train()
+        trainer.step(iter([batch] * pieces), 0)
+
+    side = 4096
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    work = {"forward": forward, "step": step, "product": lambda: left @ right}
+    gflop = {"product": 2e-9 * side**3}
+    step()                                  # the first one is slow, and the largest
+    memory = peak_memory_gb(device)
+    for name in ("forward", "step"):        # of this process; fused attention is not counted
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            work[name]()
+        gflop[name] = counter.get_total_flops() / 1e9
+    seconds = {name: [] for name in work}
+    for _ in tqdm(range(args.rounds + 1), desc="timing", unit="round", leave=False,
+                  disable=rank > 0):
+        for name, action in work.items():
+            if world > 1:
+                dist.barrier()
+            begun = wait_for(device)
+            action()
+            seconds[name].append(wait_for(device) - begun)
+    seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    speed = gflop["product"] / seconds["product"]
+    found = {"preset": args.preset, "image_size": config.image_size, "length": config.length,
+             "batch": config.batch_size, "processes": world, "threads": torch.get_num_threads(),
+             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+             "precision": str(dtype or torch.float32).removeprefix("torch."),
+             "product_gflops": speed, "peak_memory_gb": memory}
+    for name, samples in (("forward", micro), ("step", micro * pieces)):
+        found[name] = {"seconds_per_image": seconds[name] / (samples * world),
+                       "images_per_s": samples * world / seconds[name],
+                       "gflop_per_image": gflop[name] / samples,
+                       "share": gflop[name] / seconds[name] / speed}
+    if rank == 0:
+        found["loader_images_per_s"] = loader_speed(config)
+        report(found, args.json)
+
+
+def wait_for(device):
+    """The time, in seconds, once the device has done all it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def random_batch(config, samples, device):
+    """What a loader might give: photos, masks and sentences of random numbers."""
+    size, most = config.image_size, model.TEXT[config.text].vocabulary
+    tokens = torch.randint(1, most - 2, (samples, config.length))
+    tokens[:, 0], tokens[:, -1] = most - 2, most - 1
+    batch = {"image": torch.randint(256, (samples, 3, size, size), dtype=torch.uint8),
+             "tokens": tokens, "mask": torch.randint(256, (samples, 1, size, size)).byte()}
+    if device.type == "cuda":
+        batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
+    return {**batch, "skipped": torch.zeros(samples), "ref": samples * ["random"]}
+
+
+def loader_speed(config, photos=8, rounds=25):
+    """Samples a second that one process of the loader makes of JPEG photos of 640x480 pixels."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)            # as in a loader's process
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(photos):
+            rough = torch.rand(1, 3, 60, 80, generator=torch.Generator().manual_seed(i))
+            smooth = torch.nn.functional.interpolate(rough, (480, 640), mode="bicubic").clamp(0, 1)
+            grain = torch.rand(smooth.shape, generator=torch.Generator().manual_seed(i))
+            pixels = (200 * smooth + 55 * grain)[0].permute(1, 2, 0).byte().numpy()
+            Image.fromarray(pixels).save(Path(folder, f"{i}.jpg"), quality=90)
+        outline = [320 + (150 + 9 * math.sin(9 * a)) * f(a)
+                   for a in (k / 10 for k in range(60)) for f in (math.cos, math.sin)]
+        refs = [data.Ref(id=i, image_id=i, image=Path(folder, f"{i}.jpg"), width=640, height=480,
+                         segmentation=[outline], sentences=("the thing in the middle",))
+                for i in range(photos)]
+        dataset = data.TrainSet(refs, lambda texts, length: torch.zeros(1, length).long(),
+                                config.image_size, config.length)
+        times = []
+        for epoch in range(rounds):
+            begun = time.perf_counter()
+            for i in range(photos):
+                dataset[epoch, i]
+            times.append(time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+    return photos / statistics.median(times)
+
+
+def report(found, json_path):
+    """Prints the benchmark's figures as Markdown, and writes them to `json_path` if that is given.
+    """
+    print(f"{found['preset']}, {found['image_size']} pixels, {found['length']} tokens, batch "
+          f"{found['batch']}, {found['precision']}, {found['device']}, {found['processes']} "
+          f"process(es) of {found['threads']} thread(s)\n")
+    print("| | s per image | images/s | GFLOP per image | share of a product's speed |")
+    print("|---|---:|---:|---:|---:|")
+    for name in ("forward", "step"):
+        row = found[name]
+        print(f"| {name} | {row['seconds_per_image']:.4f} | {row['images_per_s']:.2f} | "
+              f"{row['gflop_per_image']:.1f} | {100 * row['share']:.0f}% |")
+    print(f"\nproduct of two 4096x4096 matrices: {found['product_gflops']:.0f} GFLOP/s a process"
+          f"\npeak memory: {found['peak_memory_gb']:.2f} GB a process"
+          f"\nloader: {found['loader_images_per_s']:.0f} images/s a process, JPEG photos of 640x480")
+    if json_path:
+        with model.replacing(json_path) as file:
+            file.write(json.dumps(found, indent=1).encode())
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
 def divide_batch(batch, micro, world):
     """How many pieces, of how many samples, make one process's share of the global batch."""
     if batch % world:
@@ -701,6 +840,10 @@ def parse_arguments():
                              "the towers frozen (but for shapes-full); --resume asks for it again")
     parser.add_argument("--random-towers", action="store_true",
                         help="towers without their weights, e.g. to try out a machine")
+    parser.add_argument("--bench", action="store_true",
+                        help="time a step on random numbers instead of training")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of the benchmark")
+    parser.add_argument("--json", metavar="OUT.json", help="also write its figures here")
     evaluate.add_shared_arguments(parser)
     group = parser.add_argument_group("fields of the configuration",
                                       "default: the preset's; model.Config says what each is. "
@@ -725,7 +868,13 @@ def parse_arguments():
                       or args.vocabulary):
         parser.error("--init brings towers and vocabulary; leave --random-towers, "
                      "--vision-weights, --text-weights and --vocabulary away")
-    if args.dataset is None:
+    if args.rounds < 1:
+        parser.error("--rounds is at least 1")
+    if args.json is not None:
+        if not args.bench:
+            parser.error("--json is for --bench; a run writes log.jsonl")
+        evaluate.check_outputs([], [Path(args.json)], [])
+    if args.dataset is None and not args.bench:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
     return args
 
@@ -752,6 +901,8 @@ def main():
     with evaluate.processes() as (rank, world, device):
         args = parse_arguments()
         init = load_init(args.init) if args.init else None
+        if args.bench:
+            return bench(args, configuration(args, init), rank, world, device)
         train(args, configuration(args, init), init, rank, world, device)
 
 
