@@ -641,6 +641,7 @@ class ExpressionSet(Dataset):
         self.pairs = [(ref, sentence) for ref in refs for sentence in ref.sentences]
         self.tokenizer, self.image_size = tokenizer, image_size
         self.length, self.skip_broken = length, skip_broken
+        self.last = None, None              # a ref and what was read of it, for its next expression
 
     def __len__(self):
         return len(self.pairs)
@@ -648,14 +649,17 @@ class ExpressionSet(Dataset):
     def __getitem__(self, index):
         ref, sentence = self.pairs[index]
         try:
-            photo, mask = read_pair(ref)
+            if self.last[0] is not ref:
+                photo, mask = read_pair(ref)
+                self.last = ref, (to_tensor(letterbox(photo, self.image_size)),
+                                  to_tensor(mask)[0] > 0)
         except DataError:
             if not self.skip_broken:
                 raise
             return None
-        return {"image": to_tensor(letterbox(photo, self.image_size)),
-                "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": to_tensor(mask)[0] > 0, "index": index}
+        image, mask = self.last[1]
+        return {"image": image, "tokens": self.tokenizer([sentence], self.length)[0],
+                "mask": mask, "index": index}
 
 
 # ---------------------------------------------------------------------------------------------
