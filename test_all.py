@@ -286,6 +286,32 @@ class Equations(unittest.TestCase):
                 mock.patch.object(head, "sine_positions", lambda *_: word_places):
             self.same(decoder(x, words, padding), y)
 
+    def test_attention_with_dropout(self):
+        """Which weights are dropped is drawn; seen with v the identity, they are what comes out."""
+        torch.manual_seed(0)
+        q, k = torch.randn(2, 2, 3, 50, 40).double().unbind()
+        v, seen = torch.eye(50).double().expand(2, 3, -1, -1), torch.rand(2, 1, 1, 50) > 0.2
+        plain = (q @ k.transpose(2, 3) / 40 ** 0.5).masked_fill(~seen, -math.inf).softmax(-1)
+        self.same(backbones.AttentionInSteps.apply(q, k, v, seen, 0.0), plain)
+        out = backbones.AttentionInSteps.apply(q, k, v, seen, 0.3)
+        kept = out != 0
+        self.assertAlmostEqual(float(kept[seen.expand_as(out)].double().mean()), 0.7, delta=0.02)
+        self.same(out[kept], plain[kept] / (1 - round(0.3 * 2**16) / 2**16))
+        self.assertFalse(torch.equal(
+            kept, backbones.AttentionInSteps.apply(q, k, v, seen, 0.3) != 0))
+
+        def drawn_alike(q, k, v):
+            torch.manual_seed(1)
+            return backbones.AttentionInSteps.apply(q, k, v, seen[..., :7], 0.3)
+
+        q, k, v = (torch.randn(2, 3, n, 4).double().requires_grad_() for n in (5, 7, 7))
+        self.assertTrue(torch.autograd.gradcheck(drawn_alike, (q, k, v)))
+        # With bfloat16 CPUs go the same way.
+        x = torch.randn(2, 9, 12)
+        half = backbones.attend(*3 * [x.bfloat16()], heads=3)
+        self.assertEqual(half.dtype, torch.bfloat16)
+        self.assertLess((half - backbones.attend(x, x, x, heads=3)).abs().max(), 0.03)
+
     def test_projector_equation_5(self):
         projector = shake(head.Projector(8, 12))
         x, sentence = torch.randn(3, 8, 3, 4).double(), torch.randn(3, 12).double()
@@ -2671,6 +2697,31 @@ class Runs(unittest.TestCase):
         self.assertRegex(err, r"not finite in three steps in a row of epoch 1, at last with refs ")
         self.assertFalse((out / "last.pt").exists())
         self.assertEqual(program(train, *self.small, "--epochs", "1", "--out", out)[0], 0)
+
+    def test_benchmark(self):
+        figures = self.root / "bench.json"
+        status, out, err = program(train, "--bench", "--batch-size", 4, "--micro-batch", 2,
+                                   "--rounds", 1, "--precision", "bf16", "--json", figures)
+        self.assertEqual(status, 0, err)
+        found = json.loads(figures.read_text())
+        self.assertEqual((found["preset"], found["batch"], found["precision"]),
+                         ("shapes", 4, "bfloat16"))
+        # A linear layer of the vision tower alone: 66 tokens, 96 to 384 channels, four blocks.
+        self.assertGreater(found["forward"]["gflop_per_image"], 4 * 2e-9 * 66 * 96 * 384)
+        self.assertLess(found["forward"]["gflop_per_image"], found["step"]["gflop_per_image"] / 2)
+        for name in ("forward", "step"):
+            row = found[name]
+            self.assertAlmostEqual(row["seconds_per_image"] * row["images_per_s"], 1)
+            self.assertAlmostEqual(row["gflop_per_image"] * row["images_per_s"],
+                                   row["share"] * found["product_gflops"])
+            self.assertIn(f"| {name} | {row['seconds_per_image']:.4f} | ", out)
+        self.assertGreater(found["loader_images_per_s"], 30)
+        for arguments, message in ((["--json", figures], "for --bench"),
+                                   (["--bench", "--rounds", 0], "at least 1"),
+                                   (["--bench", "--json", self.root / "no" / "o"], "not a file")):
+            status, _, err = program(train, *arguments)
+            self.assertEqual((status, err.count("\n")), (2, 1), err)
+            self.assertIn(message, err)
 
     def test_best_pt_cannot_be_resumed(self):
         out = self.root / "copied"

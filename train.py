@@ -83,10 +83,10 @@ class GlobalBatches:
 
 
 class BatchNormOverProcesses(torch.autograd.Function):
-    """Normalises x (B, C, ...) by its channels' mean and variance over all processes' equal batches.
+    """Normalises x (B, C, ...) by its channels' mean and variance over all processes' batches.
 
-    Each direction talks to the others once, which is what costs on CPUs. Returns mean and variance
-    (C,), too.
+    Their batches are equally large. Each direction talks to the others once, which is what costs
+    on CPUs. Returns mean and variance (C,), too.
     """
 
     @staticmethod
@@ -810,7 +810,7 @@ def report(found, json_path):
               f"{row['gflop_per_image']:.1f} | {100 * row['share']:.0f}% |")
     print(f"\nproduct of two 4096x4096 matrices: {found['product_gflops']:.0f} GFLOP/s a process"
           f"\npeak memory: {found['peak_memory_gb']:.2f} GB a process"
-          f"\nloader: {found['loader_images_per_s']:.0f} images/s a process, JPEG photos of 640x480")
+          f"\nloader: {found['loader_images_per_s']:.0f} JPEG photos of 640x480/s a process")
     if json_path:
         with model.replacing(json_path) as file:
             file.write(json.dumps(found, indent=1).encode())
