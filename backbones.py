@@ -3,7 +3,7 @@
 A tower is stepped from outside, block by block: `embed`, then every one of `blocks`, then `final`.
 The order in which two towers are stepped *is* the tuning method, and so it belongs to `model.py`.
 What a method hangs onto a block travels in an `Attached`, or wraps one of its layers; this file
-never mentions an adapter.
+never mentions an adapter. `MultiheadAttention`, of PyTorch's form, is for adapters and head.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
 (https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA). Tokens are
@@ -83,25 +83,26 @@ FORMS = {
 
 
 def attend(q, k, v, heads, causal=False, angles=None, padding=None, dropout=0.0):
-    """softmax(q k^T / sqrt(D/heads)) v for each head: (B, N, D) from q, and k and v (B, M, D).
+    """softmax(q k^T / sqrt(D/heads)) v for each head: q (B, N, D), k and v (B, M, D) to (B, N, D).
 
-    `angles`: of `ViT.angles`. `padding` (B, M) is True where no one may look. `dropout`: the share
-    of the softmax's weights that become zero.
+    `angles`: of `ViT.angles`. `padding` (B, M) is True where no one may look; not with `causal`.
+    `dropout`: the share of the softmax's weights that become zero.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if angles is not None:
         q, k = turn(q, *angles), turn(k, *angles)
     seen = None if padding is None else ~padding[:, None, None]
-    # On CPUs PyTorch's fused kernel has no dropout, and its bfloat16 is half as fast as products.
+    # On CPUs PyTorch falls back to slow code for dropout, and its fused bfloat16 is half as fast as
+    # plain products. (Causal texts are short, and stay with PyTorch.)
     if q.device.type == "cpu" and not causal and (dropout or q.dtype == torch.bfloat16):
-        x = AttentionInSteps.apply(q, k, v, seen, dropout)
+        x = UnfusedAttention.apply(q, k, v, seen, dropout)
     else:
         x = F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)  # (B, heads, N, D/heads)
     return x.transpose(1, 2).flatten(2)
 
 
-class AttentionInSteps(torch.autograd.Function):
-    """softmax(q k^T / sqrt(C)) v of all heads, with dropout of the softmax's weights.
+class UnfusedAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
 
     q (B, heads, N, C), k and v (B, heads, M, C), seen (B, 1, 1, M) or None. Its own backward, as
     autograd would keep the weights three times: plain, masked, and the mask in their type.
@@ -162,10 +163,10 @@ class Attention(nn.Module):
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """PyTorch's, with its parameters: queries (B, N, D), keys and values (B, M, ...) to (B, N, D).
+    """PyTorch's, with its parameters, on `attend`.
 
-    Its own forward moves the batch to the middle, at a price (bfloat16 on CPUs: all of them), and
-    knows no fused dropout.
+    Queries (B, N, D), keys and values (B, M, ...) to (B, N, D); padding (B, M) is True where no one
+    may look. PyTorch's own forward puts the batch second, which costs copies.
     """
 
     def forward(self, query, key, value, padding=None):

@@ -261,18 +261,20 @@ def letterbox(image, size):
 
 
 def training_letterbox(image, size):
-    """`letterbox` for training: four times as fast, and uint8 (C, size, size) at once.
+    """`letterbox` for training, several times as fast: uint8 (C, H, W) to (C, size, size).
 
-    PyTorch's resizing is quick but knows whole pixels alone, so a photo may lie a fraction of a
-    pixel (its own or the square's) beside its place. Its mask lies there, too.
+    A photo has three channels, a mask one.
+    PyTorch's resizing knows whole pixels alone, so a photo lies up to about a pixel beside its
+    place (one of its own where it is made larger), its mask with it. What is thinner than a pixel
+    becomes a pixel thick.
     """
-    scale = size / max(image.size)
-    width, height = (max(1, round(scale * side)) for side in image.size)
+    scale = size / max(image.shape[1:])
+    height, width = (max(1, round(scale * side)) for side in image.shape[1:])
     left, top = (size - width) // 2, (size - height) // 2
-    colour, mode = (MEAN_COLOUR, "bicubic") if image.mode == "RGB" else ((0,), "bilinear")
+    colour, mode = (MEAN_COLOUR, "bicubic") if len(image) == 3 else ((0,), "bilinear")
     square = torch.tensor(colour, dtype=torch.uint8)[:, None, None].repeat(1, size, size)
     square[:, top:top + height, left:left + width] = F.interpolate(
-        to_tensor(image)[None], (height, width), mode=mode, antialias=True)[0]
+        image[None], (height, width), mode=mode, antialias=True)[0]
     return square
 
 
@@ -582,12 +584,12 @@ def decode_mask(ref):
 
 
 def read_pair(ref):
-    """The photo and the mask of a ref, PIL images of one size (modes RGB and L, 0 and 255)."""
+    """The photo of a ref (PIL, RGB) and its mask, uint8 (1, height, width), 0 and 255."""
     photo = read_photo(ref.image)
     if photo.size != (ref.width, ref.height):
         raise DataError(f"{ref.image}: {photo.width}x{photo.height} pixels, but instances.json "
                         f"says {ref.width}x{ref.height}")
-    return photo, Image.fromarray(decode_mask(ref) * 255)
+    return photo, torch.from_numpy(decode_mask(ref) * 255)[None]
 
 
 def to_tensor(image):
@@ -624,7 +626,7 @@ class TrainSet(Dataset):
         else:
             raise DataError("every photo is broken")
         sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
-        return {"image": training_letterbox(photo, self.image_size),
+        return {"image": training_letterbox(to_tensor(photo), self.image_size),
                 "tokens": self.tokenizer([sentence], self.length)[0],
                 "mask": training_letterbox(mask, self.image_size), "ref": str(ref.id),
                 "skipped": skipped}
@@ -651,8 +653,7 @@ class ExpressionSet(Dataset):
         try:
             if self.last[0] is not ref:
                 photo, mask = read_pair(ref)
-                self.last = ref, (to_tensor(letterbox(photo, self.image_size)),
-                                  to_tensor(mask)[0] > 0)
+                self.last = ref, (to_tensor(letterbox(photo, self.image_size)), mask[0] > 0)
         except DataError:
             if not self.skip_broken:
                 raise

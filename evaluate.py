@@ -24,9 +24,10 @@ From logits to figures, step by step as in the released programs of CRIS, ETRIS 
 5. intersection and union with the annotation at the photo's own size. They add 1e-6 to the union,
    and read the annotation from a PNG that was made of the same polygons beforehand.
 
-What differs comes before the logits: which pixel lies where is the same, but PIL's bicubic filter
-widens where it makes a photo smaller (no aliasing) and has a = -0.5, while cv2.warpAffine reads 4x4
-pixels whatever the scale, with a = -0.75.
+What differs comes before the logits: which pixel lies where is the same (in training it may be one
+off, see `data.training_letterbox`), but PIL's bicubic filter widens where it makes a photo smaller
+(no aliasing) and has a = -0.5, while cv2.warpAffine reads 4x4 pixels whatever the scale, with a =
+-0.75.
 """
 
 import argparse
@@ -158,7 +159,7 @@ def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
             if not dataset.skip_broken:
                 raise
             continue
-        truth = np.asarray(mask) > 0
+        truth = mask[0].numpy() > 0
         predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
         iou = (predicted & truth).sum() / (predicted | truth).sum()
         cells.append(example(photo, truth, predicted, sentence, f"IoU {100 * iou:.1f}", tile))
@@ -259,7 +260,6 @@ def processes():
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    keep_memory()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -286,12 +286,13 @@ def keep_memory():
     """Has the C library keep the memory of tensors that are gone, for those of the next step.
 
     glibc gives large blocks back to the system, which clears each page anew when it is needed
-    again: up to a third of a step on CPUs. Other C libraries have no such switches.
+    again: up to a third of a step on CPUs. The process then stays as large as it ever was. Other C
+    libraries have no such switches.
     """
     with contextlib.suppress(AttributeError, OSError):
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
-        mallopt(trim_threshold, -1)     # -1: without limit
-        mallopt(mmap_max, 0)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)         # M_TRIM_THRESHOLD: no limit to what is kept
+        mallopt(-4, 0)          # M_MMAP_MAX: no block gets pages of its own
 
 
 def from_all(thing, world):
@@ -368,6 +369,7 @@ def autocast(device, dtype):
 def run(main):
     """Runs a program; bad input becomes one line and exit status 2, SIGTERM status 143."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    keep_memory()
     try:
         main()
     except KeyboardInterrupt as error:

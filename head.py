@@ -16,11 +16,11 @@ from backbones import MultiheadAttention
 
 def conv_bn_relu(channels, out_channels, kernel=1):
     """A convolution that keeps the size. Unlike the adapters': without bias, and eps 1e-5."""
-    return bn_relu(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False))
+    return with_bn_relu(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False))
 
 
-def bn_relu(convolution):
-    """The convolution and all that follows it."""
+def with_bn_relu(convolution):
+    """The convolution, batch normalisation and a ReLU."""
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels),
                          nn.ReLU(inplace=True))
 
@@ -63,7 +63,7 @@ class Neck(nn.Module):
         gated = [gate(project(x), sentence)
                  for x, project, gate in zip(features, self.maps, self.gates)]
         fused = self.fuse(torch.cat(gated, dim=1))                          # F_f, (B, width, h, w)
-        rows, columns = (torch.linspace(-1, 1, side, dtype=torch.float64)
+        rows, columns = (torch.linspace(-1, 1, side, dtype=torch.float64, device=fused.device)
                          for side in fused.shape[-2:])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         place = torch.stack([x, y]).to(fused).expand(len(fused), -1, -1, -1)    # F_coord
@@ -71,17 +71,17 @@ class Neck(nn.Module):
         return out + fused if self.residual else out
 
 
-def sine_positions(length, width):
+def sine_positions(length, width, device=None):
     """Sine and cosine positions (length, width), interleaved, base 10000."""
-    angles = torch.arange(length)[:, None] * torch.exp(
-        torch.arange(0, width, 2) * (-math.log(10000) / width))             # (length, width/2)
+    angles = torch.arange(length, device=device)[:, None] * torch.exp(
+        torch.arange(0, width, 2, device=device) * (-math.log(10000) / width))  # (length, width/2)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def sine_positions_2d(rows, columns, width):
+def sine_positions_2d(rows, columns, width, device=None):
     """Positions of a grid, row by row, (rows*columns, width): first half by x, second by y."""
-    x = sine_positions(columns, width // 2)[None].expand(rows, -1, -1)
-    y = sine_positions(rows, width // 2)[:, None].expand(-1, columns, -1)
+    x = sine_positions(columns, width // 2, device)[None].expand(rows, -1, -1)
+    y = sine_positions(rows, width // 2, device)[:, None].expand(-1, columns, -1)
     return torch.cat([x, y], dim=-1).flatten(0, 1)
 
 
@@ -130,8 +130,8 @@ class Decoder(nn.Module):
 
     def forward(self, x, words, padding):
         grid = x.shape[-2:]
-        places = sine_positions_2d(*grid, x.shape[1]).to(x)
-        word_places = sine_positions(*words.shape[1:]).to(words)
+        places = sine_positions_2d(*grid, x.shape[1], x.device).to(x.dtype)
+        word_places = sine_positions(*words.shape[1:], words.device).to(words.dtype)
         x = x.flatten(2).transpose(1, 2)                                    # (B, h*w, width)
         for layer in self.layers:
             x = layer(x, words, places, word_places, padding)
@@ -142,16 +142,17 @@ class UpsampledConvolution(nn.Conv2d):
     """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w).
 
     Both are linear, so the convolution's nine taps may act first, as 1x1 convolutions of the small
-    map: a quarter of the multiplications. What each tap gives is then upsampled, moved to its place
-    and added up, one axis after the other, and on one axis all three are one matrix.
+    map: a quarter of the convolution's multiplications, a third with the upsampling. What each tap
+    gives is upsampled, moved to its place and added up, one axis after the other, and on one axis
+    all three are one matrix.
     """
 
     def __init__(self, channels, out_channels):
-        super().__init__(channels, out_channels, 3, bias=False)
+        super().__init__(channels, out_channels, 3, padding=1, bias=False)
 
     def forward(self, x):
-        rows, columns = (upsample_and_shift(side).to(x) for side in x.shape[-2:])
-        # In memory channels come last, or three axes would have to be moved about.
+        rows, columns = (upsample_and_shift(side, x.device).to(x.dtype) for side in x.shape[-2:])
+        # Channels last in memory, so that most of the moves of axes below copy nothing.
         kernel = self.weight.permute(2, 3, 0, 1)                            # (3, 3, C', C)
         taps = F.conv2d(x.contiguous(memory_format=torch.channels_last),
                         kernel.flatten(0, 2)[..., None, None])              # (B, 9 C', h, w)
@@ -163,10 +164,10 @@ class UpsampledConvolution(nn.Conv2d):
         return wide.permute(0, 3, 1, 2)
 
 
-def upsample_and_shift(side):
-    """(3, side, 2 * side): what entry i of a row gives to entry j, upsampled and then moved by
-    -1, 0 and 1; zeros come in at the ends."""
-    up = F.interpolate(torch.eye(side)[None], scale_factor=2, mode="linear")[0]
+def upsample_and_shift(side, device):
+    """(3, side, 2 * side): what entry i of a row gives to entry j of the upsampled row, for the
+    kernel's taps 0, 1 and 2, which read it at j - 1, j and j + 1; zeros beyond the ends."""
+    up = F.interpolate(torch.eye(side, device=device)[None], scale_factor=2, mode="linear")[0]
     return torch.stack([F.pad(up, (1 - k, k - 1)) for k in range(3)])
 
 
@@ -182,19 +183,20 @@ class Projector(nn.Module):
         super().__init__()
         self.channels = width // 2
         self.image = nn.Sequential(
-            bn_relu(UpsampledConvolution(width, width)),
-            bn_relu(UpsampledConvolution(width, self.channels)),
+            with_bn_relu(UpsampledConvolution(width, width)),
+            with_bn_relu(UpsampledConvolution(width, self.channels)),
             nn.Conv2d(self.channels, self.channels, 1))
         self.sentence = nn.Linear(sentence_width, self.channels * 9 + 1)
 
     def forward(self, x, sentence):
         *larger, last = self.image
         for layer in larger:
-            x = layer(x)                                                    # (B, C, 4h, 4w)
+            x = layer(x)                                                    # at last (B, C, 4h, 4w)
         kernel, bias = self.sentence(sentence).split([self.channels * 9, 1], dim=1)     # F_l
         kernel = kernel.unflatten(1, (self.channels, 9))
-        # `last` makes F_c of x, pixel by pixel, which the kernel can do as well: F_l . (W x + b) =
-        # (F_l W) . x + F_l . b. Then each of its nine places is a matrix product, and is moved.
+        # `last` would make F_c of x pixel by pixel. It goes into the kernel instead:
+        # F_l . (W x + b) = (F_l W) . x + F_l . b. All nine taps are one matrix product. `fold` adds
+        # each to the pixel that it is for: it scatters where a convolution gathers, hence `flip`.
         constant = torch.einsum("bck,c->bk", kernel, last.bias)[..., None]
         kernel = torch.einsum("bck,cdij->bkd", kernel, last.weight)
         taps = constant + kernel @ x.flatten(2)                             # (B, 9, 16 h w)

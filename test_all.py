@@ -292,17 +292,17 @@ class Equations(unittest.TestCase):
         q, k = torch.randn(2, 2, 3, 50, 40).double().unbind()
         v, seen = torch.eye(50).double().expand(2, 3, -1, -1), torch.rand(2, 1, 1, 50) > 0.2
         plain = (q @ k.transpose(2, 3) / 40 ** 0.5).masked_fill(~seen, -math.inf).softmax(-1)
-        self.same(backbones.AttentionInSteps.apply(q, k, v, seen, 0.0), plain)
-        out = backbones.AttentionInSteps.apply(q, k, v, seen, 0.3)
+        self.same(backbones.UnfusedAttention.apply(q, k, v, seen, 0.0), plain)
+        out = backbones.UnfusedAttention.apply(q, k, v, seen, 0.3)
         kept = out != 0
         self.assertAlmostEqual(float(kept[seen.expand_as(out)].double().mean()), 0.7, delta=0.02)
         self.same(out[kept], plain[kept] / (1 - round(0.3 * 2**16) / 2**16))
         self.assertFalse(torch.equal(
-            kept, backbones.AttentionInSteps.apply(q, k, v, seen, 0.3) != 0))
+            kept, backbones.UnfusedAttention.apply(q, k, v, seen, 0.3) != 0))
 
         def drawn_alike(q, k, v):
             torch.manual_seed(1)
-            return backbones.AttentionInSteps.apply(q, k, v, seen[..., :7], 0.3)
+            return backbones.UnfusedAttention.apply(q, k, v, seen[..., :7], 0.3)
 
         q, k, v = (torch.randn(2, 3, n, 4).double().requires_grad_() for n in (5, 7, 7))
         self.assertTrue(torch.autograd.gradcheck(drawn_alike, (q, k, v)))
@@ -1738,21 +1738,22 @@ class Letterbox(unittest.TestCase):
             radius = 0.2 * min(width, height)
             disc = (x - 0.6 * width) ** 2 + (y - 0.3 * height) ** 2 < radius ** 2
             mask = Image.fromarray(disc * np.uint8(255))
-            square = data.training_letterbox(mask, 448)[0]
+            square = data.training_letterbox(data.to_tensor(mask), 448)[0]
             exact = data.to_tensor(data.letterbox(mask, 448))[0]
             beside = 0.51 + abs(1 - 448 / max(width, height)) / 2
             self.assertLess((centre(square) - centre(exact)).abs().max(), beside)
             # The photo lies where its mask does.
-            photo = data.training_letterbox(mask.convert("RGB"), 448)
-            shown = data.training_letterbox(Image.new("L", mask.size, 255), 448)[0] > 0
+            photo = data.training_letterbox(data.to_tensor(mask.convert("RGB")), 448)
+            shown = data.training_letterbox(data.to_tensor(mask).clamp(min=9), 448)[0] > 0
             self.assertEqual(photo.shape, (3, 448, 448))
             border = torch.tensor(data.MEAN_COLOUR)[:, None]
             self.assertTrue((photo[:, ~shown] == border).all())
             self.assertLess((photo[0][shown].float() - square[shown].float()).abs().mean(), 1)
         photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
-        self.assertTrue(torch.equal(data.training_letterbox(photo, 64),
+        self.assertTrue(torch.equal(data.training_letterbox(data.to_tensor(photo), 64),
                                     data.to_tensor(data.letterbox(photo, 64))))
-        self.assertEqual(data.training_letterbox(Image.new("L", (9000, 2)), 448).sum(), 0)
+        thin = data.training_letterbox(torch.full((1, 2, 9000), 255, dtype=torch.uint8), 448)
+        self.assertEqual(int((thin > 0).sum()), 448)
 
     def test_every_pixel_lies_where_the_authors_put_it(self):
         """A photo of a slope: its values say where a pixel of the square was taken from."""

@@ -1,12 +1,12 @@
-"""The training run.
+"""The training run, and a benchmark of its speed.
 
     torchrun train.py                                   drawn data, a small model, a laptop
     torchrun --nproc_per_node=2 train.py --preset dcris-b --data DATA --dataset refcoco
     torchrun --nproc_per_node=4 train.py --preset dcris-l --data DATA --dataset mixed
     torchrun train.py --preset shapes-lora --dataset shapes-b --init runs/shapes/best.pt
-    python train.py --bench --preset dcris-b --batch-size 2    how fast is this machine?
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --preset dcris-l --data DATA --dataset refcoco+
+    python train.py --bench --preset dcris-b --batch-size 2         how fast is this machine?
 
 The batch size is global: the same command means the same training on any number of processes.
 A run writes OUT/log.jsonl (one object an epoch), last.pt, best.pt (by mIoU on val), val.png,
@@ -15,7 +15,8 @@ curves.png, and TensorBoard's events where that is installed.
 A run that was stopped goes on with the same command and its --out, at the step where last.pt was
 written, and ends with the weights that it would have had undisturbed (but for rounding on GPUs).
 SIGTERM and Ctrl-C end it, saved, at most two steps after the one in hand; a second one at once.
-previous.pt is the last.pt before.
+previous.pt is the last.pt before, last.pt.damaged one that could not be read. No two runs write to
+one folder: .lock in it sees to that.
 """
 
 import argparse
@@ -83,10 +84,10 @@ class GlobalBatches:
 
 
 class BatchNormOverProcesses(torch.autograd.Function):
-    """Normalises x (B, C, ...) by its channels' mean and variance over all processes' batches.
+    """Batch normalisation of x (B, C, ...) by statistics over all processes' equal batches.
 
-    Their batches are equally large. Each direction talks to the others once, which is what costs
-    on CPUs. Returns mean and variance (C,), too.
+    Returns mean and variance (C,), too. Forward and backward each exchange one tensor: on CPUs
+    every exchange costs time.
     """
 
     @staticmethod
@@ -108,6 +109,8 @@ class BatchNormOverProcesses(torch.autograd.Function):
         x, weight, mean, variance = ctx.saved_tensors
         normal = nn.functional.batch_norm(x, mean, variance, eps=ctx.eps)
         to_bias, to_weight = gradient.sum(ctx.over), (gradient * normal).sum(ctx.over)
+        # x reaches the losses of all processes through mean and variance, so its gradient is that
+        # of their sum. Weight and bias get their local share: parameters are averaged later.
         sums = torch.stack([to_bias, to_weight])
         dist.all_reduce(sums)
         means = sums / (x.numel() / x.shape[1] * dist.get_world_size())
@@ -179,8 +182,9 @@ class Progress:
                      and all({"epoch", "loss", "miou", "oiou", "images_per_s"} <= row.keys()
                              and finite(*row.values()) and row["images_per_s"] > 0
                              for row in progress.rows)
-                     and [row["epoch"] for row in progress.rows] == [*range(1, progress.epoch)])
-        except (TypeError, AttributeError):
+                     and progress.epoch == len(progress.rows) + 1
+                     and all(row["epoch"] == i for i, row in enumerate(progress.rows, 1)))
+        except (TypeError, AttributeError, OverflowError):
             sound = False
         if not sound:
             raise model.WeightsError(f"{path}: its progress (epoch, step, ...) is damaged")
@@ -352,16 +356,15 @@ class Trainer:
         """Takes up what `save` wrote beside the weights. WeightsError where that does not fit."""
         self.progress = Progress.of(path, checkpoint["progress"])
         optimizer, scaler = self.optimizer.state_dict(), self.scaler.state_dict()
-        unmoved = self.progress.epoch == 1 and self.progress.step == self.progress.left_out
         try:
             state, (group,) = (checkpoint["optimizer"][key] for key in ("state", "param_groups"))
             sound = (group == {**optimizer["param_groups"][0], "lr": group["lr"]}
                      and math.isfinite(group["lr"])
-                     and (not state and unmoved or state.keys() == set(range(len(self.learned))))
+                     and state.keys() == set(range(len(self.learned)))
                      and all(moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
-                             and alike(moments["step"], torch.tensor(0.0))
-                             and alike(moments["exp_avg"], self.learned[i])
-                             and alike(moments["exp_avg_sq"], self.learned[i])
+                             and same_kind(moments["step"], torch.tensor(0.0))
+                             and same_kind(moments["exp_avg"], self.learned[i])
+                             and same_kind(moments["exp_avg_sq"], self.learned[i])
                              for i, moments in state.items())
                      and {name: type(value) for name, value in checkpoint["scaler"].items()}
                      == {name: type(value) for name, value in scaler.items()}
@@ -370,7 +373,7 @@ class Trainer:
             for host, on_device in self.random:
                 torch.Generator().set_state(host)       # raises where it is no such state
                 sound &= on_device is None or on_device.dtype == torch.uint8
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
             sound = False
         if not sound or not self.random:
             raise model.WeightsError(f"{path}: its optimizer, scaler or random state is not this "
@@ -379,7 +382,7 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint["scaler"])
 
 
-def alike(tensor, other):
+def same_kind(tensor, other):
     """Whether a value is a dense tensor with the other's shape and type."""
     return (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
             and tensor.shape == other.shape and tensor.dtype == other.dtype)
@@ -424,32 +427,33 @@ def run_folder(args):
         names = [Path("runs", args.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000)]
         if args.resume or restarted:
             used = [name for name in names if checkpoints(name) or restarted and name.exists()]
-            names = [max(used, key=os.path.getmtime, default=names[0])]
+            used = sorted(used, key=os.path.getmtime, reverse=True) or names[:1]
+            names = used if restarted else used[:1]     # a restart's own is the newest that is free
         else:           # one that holds nothing but a lock was left by a run that failed at once
             names = [name for name in names
                      if not name.exists() or name.is_dir() and set(os.listdir(name)) <= {".lock"}]
-    out = names[0]
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; --out names a folder")
-    if args.resume == "must" and not checkpoints(out):
-        raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume; without --resume one begins")
-    if (out / "best.pt").exists() and not checkpoints(out):
-        raise FileExistsError(f"{out} holds the best.pt of a run and no last.pt to go on from; "
-                              f"another --out starts afresh")
     for out in names:
-        if take(out):
+        if out.exists() and not out.is_dir():
+            raise NotADirectoryError(f"{out} is a file; --out names a folder")
+        if args.resume == "must" and not checkpoints(out):
+            raise FileNotFoundError(f"{out / 'last.pt'}: no run to resume; without --resume one "
+                                    f"begins")
+        if (out / "best.pt").exists() and not checkpoints(out):
+            raise FileExistsError(f"{out} holds the best.pt of a run and no last.pt to go on from; "
+                                  f"another --out starts afresh")
+        if lock_folder(out):
             return out
     raise FileExistsError(f"{out}: another run is writing there; give this one another --out")
 
 
-def take(out):
+def lock_folder(out):
     """Whether this process may write to the folder `out`; no other one may then until it ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)       # never closed
     except OSError as error:
         raise OSError(f"{out}: cannot be written to: {error.strerror}") from None
-    try:
+    try:            # lockf, unlike flock, is not held by a loader's process that outlives this one
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:        # others come from file systems without locks
         return error.errno not in (errno.EAGAIN, errno.EACCES)
@@ -694,7 +698,8 @@ class Log:
 def bench(args, config, rank, world, device):
     """Times a preset's forward pass and step on random numbers, and the loader on drawn photos.
 
-    Prints a table, in the first process; with --json writes the same figures.
+    Prints a table, in the first process; with --json writes the same figures. Seconds are the
+    first process's; all work at the same time.
     """
     dtype = evaluate.precision_type(args.precision, device)
     pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
@@ -713,14 +718,17 @@ def bench(args, config, rank, world, device):
         trainer.net.train()
         trainer.step(iter([batch] * pieces), 0)
 
+    for _ in range(2):                      # from the second on there are Adam's moments, too
+        step()
+    memory = peak_memory_gb(device)
     side = 4096
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     work = {"forward": forward, "step": step, "product": lambda: left @ right}
     gflop = {"product": 2e-9 * side**3}
-    step()                                  # the first one is slow, and the largest
-    memory = peak_memory_gb(device)
-    for name in ("forward", "step"):        # of this process; fused attention is not counted
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    for name in ("forward", "step"):        # of this process
+        # Of fused attention the counter knows GPUs' alone.
+        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+        with plain, FlopCounterMode(display=False) as counter:
             work[name]()
         gflop[name] = counter.get_total_flops() / 1e9
     seconds = {name: [] for name in work}
@@ -732,10 +740,12 @@ def bench(args, config, rank, world, device):
             begun = wait_for(device)
             action()
             seconds[name].append(wait_for(device) - begun)
+    # The first round warms up.
     seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     speed = gflop["product"] / seconds["product"]
     found = {"preset": args.preset, "image_size": config.image_size, "length": config.length,
-             "batch": config.batch_size, "processes": world, "threads": torch.get_num_threads(),
+             "batch": config.batch_size, "micro_batch": micro, "processes": world,
+             "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
              "product_gflops": speed, "peak_memory_gb": memory}
@@ -746,7 +756,7 @@ def bench(args, config, rank, world, device):
                        "share": gflop[name] / seconds[name] / speed}
     if rank == 0:
         found["loader_images_per_s"] = loader_speed(config)
-        report(found, args.json)
+        show_speed(found, args.json)
 
 
 def wait_for(device):
@@ -758,11 +768,12 @@ def wait_for(device):
 
 def random_batch(config, samples, device):
     """What a loader might give: photos, masks and sentences of random numbers."""
-    size, most = config.image_size, model.TEXT[config.text].vocabulary
-    tokens = torch.randint(1, most - 2, (samples, config.length))
-    tokens[:, 0], tokens[:, -1] = most - 2, most - 1
-    batch = {"image": torch.randint(256, (samples, 3, size, size), dtype=torch.uint8),
-             "tokens": tokens, "mask": torch.randint(256, (samples, 1, size, size)).byte()}
+    size, vocabulary = config.image_size, model.TEXT[config.text].vocabulary
+    tokens = torch.randint(1, vocabulary - 2, (samples, config.length))
+    tokens[:, 0], tokens[:, -1] = vocabulary - 2, vocabulary - 1        # start and end
+    image, mask = (torch.randint(256, (samples, channels, size, size), dtype=torch.uint8)
+                   for channels in (3, 1))
+    batch = {"image": image, "tokens": tokens, "mask": mask}
     if device.type == "cuda":
         batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
     return {**batch, "skipped": torch.zeros(samples), "ref": samples * ["random"]}
@@ -774,9 +785,10 @@ def loader_speed(config, photos=8, rounds=25):
     torch.set_num_threads(1)            # as in a loader's process
     with tempfile.TemporaryDirectory() as folder:
         for i in range(photos):
-            rough = torch.rand(1, 3, 60, 80, generator=torch.Generator().manual_seed(i))
-            smooth = torch.nn.functional.interpolate(rough, (480, 640), mode="bicubic").clamp(0, 1)
-            grain = torch.rand(smooth.shape, generator=torch.Generator().manual_seed(i))
+            generator = torch.Generator().manual_seed(i)
+            rough = torch.rand(1, 3, 60, 80, generator=generator)
+            smooth = nn.functional.interpolate(rough, (480, 640), mode="bicubic").clamp(0, 1)
+            grain = torch.rand(smooth.shape, generator=generator)
             pixels = (200 * smooth + 55 * grain)[0].permute(1, 2, 0).byte().numpy()
             Image.fromarray(pixels).save(Path(folder, f"{i}.jpg"), quality=90)
         outline = [320 + (150 + 9 * math.sin(9 * a)) * f(a)
@@ -796,12 +808,12 @@ def loader_speed(config, photos=8, rounds=25):
     return photos / statistics.median(times)
 
 
-def report(found, json_path):
+def show_speed(found, json_path):
     """Prints the benchmark's figures as Markdown, and writes them to `json_path` if that is given.
     """
     print(f"{found['preset']}, {found['image_size']} pixels, {found['length']} tokens, batch "
-          f"{found['batch']}, {found['precision']}, {found['device']}, {found['processes']} "
-          f"process(es) of {found['threads']} thread(s)\n")
+          f"{found['batch']} ({found['micro_batch']} at once), {found['precision']}, "
+          f"{found['device']}, {found['processes']} process(es) of {found['threads']} thread(s)\n")
     print("| | s per image | images/s | GFLOP per image | share of a product's speed |")
     print("|---|---:|---:|---:|---:|")
     for name in ("forward", "step"):
@@ -857,7 +869,7 @@ def parse_arguments():
     parser.add_argument("--random-towers", action="store_true",
                         help="towers without their weights, e.g. to try out a machine")
     parser.add_argument("--bench", action="store_true",
-                        help="time a step on random numbers instead of training")
+                        help="time forward pass, step and loader instead of training")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of the benchmark")
     parser.add_argument("--json", metavar="OUT.json", help="also write its figures here")
     evaluate.add_shared_arguments(parser)
