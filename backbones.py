@@ -116,7 +116,7 @@ class UnfusedAttention(torch.autograd.Function):
         weights, dropped, ctx.more = scores.softmax(-1), None, 1.0
         if dropout:
             # Random numbers are the slowest part, so one of 64 bits decides for four weights.
-            threshold = round(dropout * 2**16)
+            threshold = min(round(dropout * 2**16), 2**16 - 1)
             bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
             dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
             ctx.more = 1 / (1 - threshold / 2**16)

@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import unicodedata
 import warnings
 import zlib
@@ -838,9 +839,12 @@ def draw_shapes(data, scenes=SCENES, seed=0, name="shapes"):
     word it has never seen is left to chance. The folder appears only once it is whole.
     """
     domain = DOMAINS[name]
-    folder, draft = Path(data) / name, Path(data) / f"{name}.{os.getpid()}.tmp"
+    folder, draft = Path(data) / name, None
     try:
-        (draft / "images").mkdir(parents=True)
+        Path(data).mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".tmp", dir=data))
+        draft.chmod(0o755)
+        (draft / "images").mkdir()
         images, annotations, refs = [], [], []
         todo = [split for split, number in scenes.items() for _ in range(number)]
         for image_id, split in enumerate(tqdm(todo, desc=f"drawing {name}", unit="scene"), 1):
@@ -859,7 +863,8 @@ def draw_shapes(data, scenes=SCENES, seed=0, name="shapes"):
     except OSError as error:
         raise OSError(f"{folder}: could not be drawn: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

@@ -32,7 +32,6 @@ off, see `data.training_letterbox`), but PIL's bicubic filter widens where it ma
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -282,19 +281,6 @@ def processes():
     dist.destroy_process_group()
 
 
-def keep_memory():
-    """Has the C library keep the memory of tensors that are gone, for those of the next step.
-
-    glibc gives large blocks back to the system, which clears each page anew when it is needed
-    again: up to a third of a step on CPUs. The process then stays as large as it ever was. Other C
-    libraries have no such switches.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)         # M_TRIM_THRESHOLD: no limit to what is kept
-        mallopt(-4, 0)          # M_MMAP_MAX: no block gets pages of its own
-
-
 def from_all(thing, world):
     """What each process has for `thing`, as a list, in all of them."""
     if world == 1:
@@ -369,7 +355,6 @@ def autocast(device, dtype):
 def run(main):
     """Runs a program; bad input becomes one line and exit status 2, SIGTERM status 143."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    keep_memory()
     try:
         main()
     except KeyboardInterrupt as error:

@@ -3075,6 +3075,12 @@ class Survival(unittest.TestCase):
                 ("optimizer", "param_groups", 0, "lr", math.inf), ("scaler", {}),
                 ("scaler", "scale", math.nan), ("scaler", "scale", "much"), ("random", []),
                 ("random", [(torch.zeros(3), None)]), ("random", 5),
+                ("optimizer", "state", 0, "exp_avg", moments["exp_avg"] * math.nan),
+                ("optimizer", "state", 0, "exp_avg", moments["exp_avg"].to("meta")),
+                ("optimizer", "state", 0, "exp_avg_sq", -1 - moments["exp_avg_sq"]),
+                ("optimizer", "param_groups", 0, "lr", -1.0), ("scaler", "growth_factor", 3.0),
+                ("progress", "left_out", 10**6), ("progress", "seconds", -1.0), ("run", {}),
+                ("config", "features", (torch.zeros(2), 8)),
                 ("run", "seed", torch.zeros(2)), ("config", "lr", torch.zeros(2))):
             odd = copy.deepcopy(good)
             at = odd

@@ -21,6 +21,7 @@ one folder: .lock in it sees to that.
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -179,6 +180,8 @@ class Progress:
             counts = (progress.epoch, progress.step, progress.skipped, progress.left_out)
             sound = (all(type(n) is int and 0 <= n < 2**40 for n in counts) and progress.epoch > 0
                      and finite(progress.loss, progress.seconds, progress.best)
+                     and progress.left_out <= progress.step and -1 <= progress.best <= 100
+                     and (progress.seconds > 0 or progress.step == 0 == progress.seconds)
                      and all({"epoch", "loss", "miou", "oiou", "images_per_s"} <= row.keys()
                              and finite(*row.values()) and row["images_per_s"] > 0
                              for row in progress.rows)
@@ -317,13 +320,13 @@ class Trainer:
             if on_device is not None:
                 torch.cuda.set_rng_state(on_device, self.device)
         self.net.train()
-        begun = time.time() - progress.seconds
+        begun = time.monotonic() - progress.seconds
         with Stops() as stops, tqdm(initial=progress.step, total=steps, unit="step", desc=name,
                                     disable=self.rank > 0) as bar:
             while progress.step < steps and not stop:
                 reports.append(self.step(samples, stops.wish))
                 progress.step += 1
-                progress.seconds = time.time() - begun
+                progress.seconds = max(time.monotonic() - begun, 1e-9)
                 saved = save_every > 0 and progress.step % save_every == 0
                 late = 0 if saved else 1        # a checkpoint needs the last report, too
                 while len(reports) > late:
@@ -359,16 +362,18 @@ class Trainer:
         try:
             state, (group,) = (checkpoint["optimizer"][key] for key in ("state", "param_groups"))
             sound = (group == {**optimizer["param_groups"][0], "lr": group["lr"]}
-                     and math.isfinite(group["lr"])
+                     and 0 < group["lr"] < math.inf
                      and state.keys() == set(range(len(self.learned)))
                      and all(moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
                              and same_kind(moments["step"], torch.tensor(0.0))
                              and same_kind(moments["exp_avg"], self.learned[i])
                              and same_kind(moments["exp_avg_sq"], self.learned[i])
+                             and moments["step"] >= 0 and moments["exp_avg_sq"].min() >= 0
                              for i, moments in state.items())
-                     and {name: type(value) for name, value in checkpoint["scaler"].items()}
-                     == {name: type(value) for name, value in scaler.items()}
-                     and 0 < checkpoint["scaler"]["scale"] < math.inf)
+                     and checkpoint["scaler"] == {**scaler, **{
+                         name: checkpoint["scaler"][name] for name in ("scale", "_growth_tracker")}}
+                     and 0 < checkpoint["scaler"]["scale"] < math.inf
+                     and type(checkpoint["scaler"]["_growth_tracker"]) is int)
             self.random = [(host, on_device) for host, on_device in checkpoint["random"]]
             for host, on_device in self.random:
                 torch.Generator().set_state(host)       # raises where it is no such state
@@ -383,9 +388,23 @@ class Trainer:
 
 
 def same_kind(tensor, other):
-    """Whether a value is a dense tensor with the other's shape and type."""
+    """Whether a value is a dense, finite tensor in memory with the other's shape and type."""
     return (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            and tensor.shape == other.shape and tensor.dtype == other.dtype)
+            and tensor.device.type == "cpu" and tensor.shape == other.shape
+            and tensor.dtype == other.dtype and bool(tensor.isfinite().all()))
+
+
+def keep_memory():
+    """Has the C library keep the memory of tensors that are gone, for those of the next step.
+
+    glibc gives large blocks back to the system, which clears each page anew when it is needed
+    again: up to a third of a step on CPUs. The process then stays as large as it ever was. Other C
+    libraries have no such switches.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)         # M_TRIM_THRESHOLD: no limit to what is kept
+        mallopt(-4, 0)          # M_MMAP_MAX: no block gets pages of its own
 
 
 def peak_memory_gb(device):
@@ -451,6 +470,7 @@ def lock_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)       # never closed
+        os.utime(out)               # a restart looks for the folder that was taken last
     except OSError as error:
         raise OSError(f"{out}: cannot be written to: {error.strerror}") from None
     try:            # lockf, unlike flock, is not held by a loader's process that outlives this one
@@ -572,10 +592,12 @@ def load_model(args, config, towers, init, run, path):
     if not {"progress", "random", "optimizer", "scaler"} <= checkpoint.keys():
         raise model.WeightsError(f"{path}: not the last.pt of a run (progress, random, optimizer, "
                                  f"scaler); a best.pt cannot be resumed")
+    model.restore_config(path, checkpoint["config"])        # so that it holds plain values alone
     before = {**checkpoint["config"], **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
                  for key, value in {**asdict(config), **run}.items()
-                 if type(before.get(key)) is not type(value) or before[key] != value]
+                 if key not in before or type(before[key]) is not type(value)
+                 or before[key] != value]
     if different:
         raise model.ConfigError(f"{path} is a checkpoint of another run: {'; '.join(different)}; "
                                 f"another --out starts afresh")
@@ -619,7 +641,7 @@ def train(args, config, init, rank, world, device):
         trainer.epoch(loader, batches, save, args.save_every, f"epoch {epoch}/{config.epochs}")
         if progress.left_out == steps:
             raise model.ConfigError(f"no step of epoch {epoch} had a finite loss and gradient")
-        begun = time.time()
+        begun = time.monotonic()
         table = evaluate.overlaps(net, val_set, device, dtype, config.batch_size, args.workers,
                                   rank, world, "validating")
         found = evaluate.metrics(table)
@@ -629,7 +651,7 @@ def train(args, config, init, rank, world, device):
                "oiou": found["oiou"], "p50": found["p50"],
                "images_per_s": images / progress.seconds,
                "peak_memory_gb": peak_memory_gb(device),
-               "seconds": progress.seconds + time.time() - begun}
+               "seconds": progress.seconds + time.monotonic() - begun}
         if progress.left_out:
             row["left_out"] = progress.left_out
         if rank == 0 and (progress.skipped or len(table) < len(val_set)):
@@ -702,6 +724,9 @@ def bench(args, config, rank, world, device):
     first process's; all work at the same time.
     """
     dtype = evaluate.precision_type(args.precision, device)
+    if dtype is torch.float16 and device.type == "cpu":
+        raise model.ConfigError("--bench --precision fp16: CPUs multiply such matrices in minutes "
+                                "each; take bf16 or fp32")
     pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
     torch.manual_seed(args.seed)
     trainer = Trainer(model.assemble(config).to(device), config, args.seed, rank, world, device,
@@ -901,7 +926,8 @@ def parse_arguments():
     if args.json is not None:
         if not args.bench:
             parser.error("--json is for --bench; a run writes log.jsonl")
-        evaluate.check_outputs([], [Path(args.json)], [])
+        evaluate.check_outputs([], [Path(args.json)], [
+            args.init, args.vision_weights, args.text_weights, args.vocabulary])
     if args.dataset is None and not args.bench:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
     return args
@@ -926,6 +952,7 @@ def configuration(args, init):
 
 
 def main():
+    keep_memory()
     with evaluate.processes() as (rank, world, device):
         args = parse_arguments()
         init = load_init(args.init) if args.init else None
