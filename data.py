@@ -20,7 +20,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import sys
 import tempfile
 import unicodedata
@@ -264,10 +263,9 @@ def letterbox(image, size):
 def training_letterbox(image, size):
     """`letterbox` for training, several times as fast: uint8 (C, H, W) to (C, size, size).
 
-    A photo has three channels, a mask one.
-    PyTorch's resizing knows whole pixels alone, so a photo lies up to about a pixel beside its
-    place (one of its own where it is made larger), its mask with it. What is thinner than a pixel
-    becomes a pixel thick.
+    A photo has three channels, a mask one. PyTorch's resizing knows whole pixels alone, so a photo
+    lies up to about a pixel beside its place (one of its own where it is made larger), its mask
+    with it. What is thinner than a pixel becomes a pixel thick.
     """
     scale = size / max(image.shape[1:])
     height, width = (max(1, round(scale * side)) for side in image.shape[1:])
@@ -839,33 +837,35 @@ def draw_shapes(data, scenes=SCENES, seed=0, name="shapes"):
     word it has never seen is left to chance. The folder appears only once it is whole.
     """
     domain = DOMAINS[name]
-    folder, draft = Path(data) / name, None
+    folder = Path(data) / name
     try:
-        Path(data).mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".tmp", dir=data))
-        draft.chmod(0o755)
-        (draft / "images").mkdir()
-        images, annotations, refs = [], [], []
-        todo = [split for split, number in scenes.items() for _ in range(number)]
-        for image_id, split in enumerate(tqdm(todo, desc=f"drawing {name}", unit="scene"), 1):
-            rng = random.Random(f"{seed} {split} {image_id}")
-            draw_one(rng, domain, image_id, f"{name}_{split}", draft, images, annotations, refs)
-        categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
-        with open(draft / "instances.json", "w", encoding="utf-8") as file:
-            json.dump({"images": images, "annotations": annotations, "categories": categories},
-                      file)
-        with open(draft / f"refs({name}).p", "wb") as file:
-            pickle.dump(refs, file, protocol=2)
-        captions = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
-        merges = "\n".join(" ".join(pair) for pair in learn_merges(captions + all_words()))
-        (draft / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-        os.rename(draft, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=data,
+                                         ignore_cleanup_errors=True) as temporary:
+            draft = Path(temporary) / name
+            draw_into(draft, domain, name, scenes, seed)
+            os.rename(draft, folder)
     except OSError as error:
         raise OSError(f"{folder}: could not be drawn: {error.strerror or error}") from error
-    finally:
-        if draft:
-            shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def draw_into(draft, domain, name, scenes, seed):
+    """All files of a data set, in a folder that is not there yet."""
+    (draft / "images").mkdir(parents=True)
+    images, annotations, refs = [], [], []
+    todo = [split for split, number in scenes.items() for _ in range(number)]
+    for image_id, split in enumerate(tqdm(todo, desc=f"drawing {name}", unit="scene"), 1):
+        rng = random.Random(f"{seed} {split} {image_id}")
+        draw_one(rng, domain, image_id, f"{name}_{split}", draft, images, annotations, refs)
+    categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
+    with open(draft / "instances.json", "w", encoding="utf-8") as file:
+        json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
+    with open(draft / f"refs({name}).p", "wb") as file:
+        pickle.dump(refs, file, protocol=2)
+    captions = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
+    merges = "\n".join(" ".join(pair) for pair in learn_merges(captions + all_words()))
+    (draft / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
 
 
 def all_words():

@@ -224,6 +224,11 @@ def save_picture(picture, path):
         picture.save(file, PICTURES[Path(path).suffix.lower()])
 
 
+def save_json(figures, path):
+    with model.replacing(path) as file:
+        file.write(json.dumps(figures, indent=1).encode())
+
+
 def check_outputs(pictures, others, inputs):
     """Raises DataError, before any work is done, for an output (Path) that cannot be written, or
     would replace one of the `inputs` or another output."""
@@ -466,8 +471,7 @@ def report(results, about, json_path):
                             *(found[f"p{round(100 * p)}"] for p in PRECISIONS),
                             "" if facts["seconds"] is None else f"{facts['seconds']:.0f} s"))
     if json_path:
-        with model.replacing(json_path) as file:
-            file.write(json.dumps(results, indent=1).encode())
+        save_json(results, json_path)
 
 
 def add_shared_arguments(parser):

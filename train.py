@@ -470,13 +470,14 @@ def lock_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)       # never closed
-        os.utime(out)               # a restart looks for the folder that was taken last
     except OSError as error:
         raise OSError(f"{out}: cannot be written to: {error.strerror}") from None
     try:            # lockf, unlike flock, is not held by a loader's process that outlives this one
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:        # others come from file systems without locks
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+    os.utime(out)                   # a restart looks for the folder that was taken last
     return True
 
 
@@ -834,23 +835,22 @@ def loader_speed(config, photos=8, rounds=25):
 
 
 def show_speed(found, json_path):
-    """Prints the benchmark's figures as Markdown, and writes them to `json_path` if that is given.
-    """
+    """Prints the benchmark's figures as Markdown, and writes them to `json_path`, if any."""
     print(f"{found['preset']}, {found['image_size']} pixels, {found['length']} tokens, batch "
           f"{found['batch']} ({found['micro_batch']} at once), {found['precision']}, "
           f"{found['device']}, {found['processes']} process(es) of {found['threads']} thread(s)\n")
-    print("| | s per image | images/s | GFLOP per image | share of a product's speed |")
+    print(evaluate.table_row("", "s per image", "images/s", "GFLOP per image",
+                             "share of a product's speed"))
     print("|---|---:|---:|---:|---:|")
     for name in ("forward", "step"):
         row = found[name]
-        print(f"| {name} | {row['seconds_per_image']:.4f} | {row['images_per_s']:.2f} | "
-              f"{row['gflop_per_image']:.1f} | {100 * row['share']:.0f}% |")
+        print(evaluate.table_row(name, f"{row['seconds_per_image']:.4f}", row["images_per_s"],
+                                 f"{row['gflop_per_image']:.1f}", f"{100 * row['share']:.0f}%"))
     print(f"\nproduct of two 4096x4096 matrices: {found['product_gflops']:.0f} GFLOP/s a process"
           f"\npeak memory: {found['peak_memory_gb']:.2f} GB a process"
           f"\nloader: {found['loader_images_per_s']:.0f} JPEG photos of 640x480/s a process")
     if json_path:
-        with model.replacing(json_path) as file:
-            file.write(json.dumps(found, indent=1).encode())
+        evaluate.save_json(found, json_path)
 
 
 # ---------------------------------------------------------------------------------------------
