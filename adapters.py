@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbones import MultiheadAttention, attend
+from backbones import Linear, MultiheadAttention, attend, linear
 
 SCALE = 0.2         # of an adapter's output, as in the authors' program
 
@@ -33,8 +33,8 @@ class BottleneckAdapter(nn.Module):
     def __init__(self, width, rank, scale):
         super().__init__()
         self.scale = scale
-        self.down = nn.Linear(width, rank)
-        self.up = nn.Linear(rank, width)
+        self.down = Linear(width, rank)
+        self.up = Linear(rank, width)
         kaiming(self)
         nn.init.zeros_(self.up.weight)
 
@@ -83,9 +83,9 @@ class DenseTextAdapter(nn.Module):
 
     def __init__(self, width, rank):
         super().__init__()
-        self.down = nn.Linear(width, rank)
+        self.down = Linear(width, rank)
         self.dense = DenseConvolutions(rank, dims=1)
-        self.up = nn.Linear(rank, width)
+        self.up = Linear(rank, width)
         kaiming(self)
         nn.init.zeros_(self.up.weight)
 
@@ -103,10 +103,10 @@ class CrossAttention(nn.Module):
 
     def __init__(self, rank, text_width, dropout, width=128, heads=8):
         super().__init__()
-        self.query = nn.Linear(rank, width)
-        self.words = nn.Linear(text_width, width)
+        self.query = Linear(rank, width)
+        self.words = Linear(text_width, width)
         self.attention = MultiheadAttention(width, heads, dropout)
-        self.back = nn.Linear(width, rank)
+        self.back = Linear(width, rank)
 
     def forward(self, patches, words):
         words = self.words(words)
@@ -127,10 +127,10 @@ class DenseCrossAdapter(nn.Module):
 
     def __init__(self, width, rank, text_width, dropout):
         super().__init__()
-        self.down = nn.Linear(width, rank)
+        self.down = Linear(width, rank)
         self.dense = DenseConvolutions(rank)
         self.cross = CrossAttention(rank, text_width, dropout)
-        self.up = nn.Linear(rank, width)
+        self.up = Linear(rank, width)
         kaiming(self)
 
     def forward(self, x, words, grid):
@@ -185,7 +185,7 @@ class NormalizingFlow(nn.Module):
 
 def bottleneck(width, rank, out_width):
     """Down - ReLU - Up."""
-    return nn.Sequential(nn.Linear(width, rank), nn.ReLU(), nn.Linear(rank, out_width))
+    return nn.Sequential(Linear(width, rank), nn.ReLU(), Linear(rank, out_width))
 
 
 class Intertwiner(nn.Module):
@@ -236,12 +236,12 @@ class GlobalBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.prior = nn.Linear(width, width, bias=False)        # W_p
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.prior = Linear(width, width, bias=False)        # W_p
+        self.out = Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, x, prior):
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
@@ -270,10 +270,10 @@ class GlobalShortcutTuning(nn.Module):
         self.patch = nn.Conv2d(3, width, patch, stride=patch)
         self.position = nn.Parameter(torch.zeros(1, side * side, width))
         self.side = side
-        self.priors = nn.ModuleList(nn.Linear(embed, width) for _ in range(blocks))
+        self.priors = nn.ModuleList(Linear(embed, width) for _ in range(blocks))
         self.blocks = nn.ModuleList(GlobalBlock(width, heads) for _ in range(blocks))
-        self.stage = nn.Sequential(nn.LayerNorm(vision_width), nn.Linear(vision_width, width))
-        self.out = nn.Linear(width, out_width)
+        self.stage = nn.Sequential(nn.LayerNorm(vision_width), Linear(vision_width, width))
+        self.out = Linear(width, out_width)
         for parameter in (self.queries, self.position):
             nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -341,13 +341,13 @@ class Bridge(nn.Module):
     def __init__(self, vision_width, text_width, width, heads, first_stage):
         super().__init__()
         self.patches_down = pointwise_bn_relu(vision_width, width)
-        self.words_down = nn.Linear(text_width, width)
+        self.words_down = Linear(text_width, width)
         if not first_stage:
             self.patches_norm, self.words_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.patches_read = GatedCrossAttention(width, heads)
         self.words_read = GatedCrossAttention(width, heads)
         self.patches_up = pointwise_bn_relu(width, vision_width)
-        self.words_up = nn.Linear(width, text_width)
+        self.words_up = Linear(width, text_width)
 
     def forward(self, patches, words, before=None):
         """Patches (B, N, vision_width) and words (B, L, text_width), bridged.
@@ -394,7 +394,7 @@ class KroneckerLinear(nn.Module):
         return products.flatten(2).flatten(0, 1)                            # (out_width, width)
 
     def forward(self, x):
-        return F.linear(x, self.full_weight(), self.bias)
+        return linear(x, self.full_weight(), self.bias)
 
 
 class CompacterAdapter(nn.Module):
@@ -431,12 +431,12 @@ class LoRA(nn.Module):
         self.up = nn.Parameter(torch.zeros(parts, frozen.out_features // parts, rank))
 
     def forward(self, x):
-        low = F.linear(x, self.down.flatten(0, 1)).unflatten(-1, self.down.shape[:2])
+        low = linear(x, self.down.flatten(0, 1)).unflatten(-1, self.down.shape[:2])
         return self.frozen(x) + torch.einsum("bnpr,por->bnpo", low, self.up).flatten(2)
 
     def merged(self):
         """The one linear layer that does the same: nothing is left to pay when it is used."""
-        layer = nn.Linear(self.frozen.in_features, self.frozen.out_features,
+        layer = Linear(self.frozen.in_features, self.frozen.out_features,
                           self.frozen.bias is not None).to(self.frozen.weight)
         layer.load_state_dict(self.frozen.state_dict())
         with torch.no_grad():

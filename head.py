@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbones import MultiheadAttention
+from backbones import Linear, MultiheadAttention
 
 
 def conv_bn_relu(channels, out_channels, kernel=1):
@@ -34,8 +34,8 @@ class Gate(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.value = Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(self, x, sentence):
         return x * self.out(self.value(sentence))[:, :, None, None]
@@ -51,7 +51,7 @@ class Neck(nn.Module):
     def __init__(self, channels, sentence_width, width, residual):
         super().__init__()
         self.residual = residual
-        self.sentence = nn.Linear(sentence_width, width)
+        self.sentence = Linear(sentence_width, width)
         self.maps = nn.ModuleList(conv_bn_relu(c, width) for c in channels)
         self.gates = nn.ModuleList(Gate(width) for _ in channels)
         self.fuse = conv_bn_relu(len(channels) * width, width)
@@ -102,8 +102,8 @@ class DecoderLayer(nn.Module):
             width, heads, dropout, kdim=text_width, vdim=text_width)
         self.cross_attention_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(width),
-            nn.Linear(width, width))
+            Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(width),
+            Linear(width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, words, places, word_places, padding):
@@ -186,7 +186,7 @@ class Projector(nn.Module):
             with_bn_relu(UpsampledConvolution(width, width)),
             with_bn_relu(UpsampledConvolution(width, self.channels)),
             nn.Conv2d(self.channels, self.channels, 1))
-        self.sentence = nn.Linear(sentence_width, self.channels * 9 + 1)
+        self.sentence = Linear(sentence_width, self.channels * 9 + 1)
 
     def forward(self, x, sentence):
         *larger, last = self.image

@@ -286,6 +286,31 @@ class Equations(unittest.TestCase):
                 mock.patch.object(head, "sine_positions", lambda *_: word_places):
             self.same(decoder(x, words, padding), y)
 
+    def test_linear_layer_as_a_convolution(self):
+        torch.manual_seed(0)
+        x, weight, bias = (torch.randn(*shape).double().requires_grad_()
+                           for shape in ((2, 3, 5), (4, 5), (4,)))
+        for offset in (bias, None):
+            out = backbones.PointwiseProduct.apply(x, weight, offset)
+            self.same(out, x @ weight.T + (0 if offset is None else offset))
+        product = backbones.PointwiseProduct.apply
+        self.assertTrue(torch.autograd.gradcheck(product, (x, weight, bias)))
+        # Nothing is kept for a frozen weight but the weight.
+        frozen = weight.detach(), bias.detach()
+        self.assertTrue(torch.autograd.gradcheck(lambda x: product(x, *frozen), (x,)))
+        self.assertIsNone(product(x, *frozen).grad_fn.saved_tensors[0])
+        # The way that large layers go, where the machine has it, and the other agree.
+        layer, x = backbones.Linear(512, 512), torch.randn(2, 64, 512, requires_grad=True)
+        found = []
+        for way in (backbones.POINTWISE, True, False):
+            with mock.patch.object(backbones, "POINTWISE", way):
+                out = layer(x)
+            self.assertEqual("Pointwise" in type(out.grad_fn).__name__, way)
+            found.append((out, *torch.autograd.grad((out ** 2).sum(), (x, *layer.parameters()))))
+        for one, other, plain in zip(*found):
+            for result in (one, other):
+                self.assertLess(float((result - plain).detach().abs().max() / plain.std()), 1e-5)
+
     def test_attention_with_dropout(self):
         """Which weights are dropped is drawn; seen with v the identity, they are what comes out."""
         torch.manual_seed(0)
@@ -640,7 +665,7 @@ class Tuners(unittest.TestCase):
             nn.init.normal_(lora.up)
             x = torch.randn(2, 5, 24)
             merged = lora.merged()
-            self.assertEqual(type(merged), nn.Linear)
+            self.assertEqual(type(merged), backbones.Linear)
             self.assertGreater(float((lora(x) - lora.frozen(x)).detach().abs().max()), 0.1)
             self.assertLess(float((merged(x) - lora(x)).detach().abs().max()), 1e-5)
             self.assertLess(float((merged.double()(x.double()) - lora.double()(x.double()))
@@ -2714,7 +2739,8 @@ class Runs(unittest.TestCase):
             row = found[name]
             self.assertAlmostEqual(row["seconds_per_image"] * row["images_per_s"], 1)
             self.assertAlmostEqual(row["gflop_per_image"] * row["images_per_s"],
-                                   row["share"] * found["product_gflops"])
+                                   row["share"] * max(found["product_gflops"],
+                                                      found["linear_gflops"]))
             self.assertIn(f"| {name} | {row['seconds_per_image']:.4f} | ", out)
         self.assertGreater(found["loader_images_per_s"], 30)
         for arguments, message in ((["--json", figures], "for --bench"),

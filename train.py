@@ -50,6 +50,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import backbones
 import data
 import evaluate
 import model
@@ -749,8 +750,9 @@ def bench(args, config, rank, world, device):
     memory = peak_memory_gb(device)
     side = 4096
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    work = {"forward": forward, "step": step, "product": lambda: left @ right}
-    gflop = {"product": 2e-9 * side**3}
+    work = {"forward": forward, "step": step, "product": lambda: left @ right,
+            "linear": lambda: backbones.linear(left, right)}
+    gflop = {"product": 2e-9 * side**3, "linear": 2e-9 * side**3}
     for name in ("forward", "step"):        # of this process
         # Of fused attention the counter knows GPUs' alone.
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
@@ -768,18 +770,20 @@ def bench(args, config, rank, world, device):
             seconds[name].append(wait_for(device) - begun)
     # The first round warms up.
     seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    speed = gflop["product"] / seconds["product"]
+    speeds = {name: gflop[name] / seconds[name] for name in ("product", "linear")}
+    fastest = max(speeds.values())
     found = {"preset": args.preset, "image_size": config.image_size, "length": config.length,
              "batch": config.batch_size, "micro_batch": micro, "processes": world,
              "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "product_gflops": speed, "peak_memory_gb": memory}
+             "product_gflops": speeds["product"], "linear_gflops": speeds["linear"],
+             "peak_memory_gb": memory}
     for name, samples in (("forward", micro), ("step", micro * pieces)):
         found[name] = {"seconds_per_image": seconds[name] / (samples * world),
                        "images_per_s": samples * world / seconds[name],
                        "gflop_per_image": gflop[name] / samples,
-                       "share": gflop[name] / seconds[name] / speed}
+                       "share": gflop[name] / seconds[name] / fastest}
     if rank == 0:
         found["loader_images_per_s"] = loader_speed(config)
         show_speed(found, args.json)
@@ -840,13 +844,14 @@ def show_speed(found, json_path):
           f"{found['batch']} ({found['micro_batch']} at once), {found['precision']}, "
           f"{found['device']}, {found['processes']} process(es) of {found['threads']} thread(s)\n")
     print(evaluate.table_row("", "s per image", "images/s", "GFLOP per image",
-                             "share of a product's speed"))
+                             "share of the faster product"))
     print("|---|---:|---:|---:|---:|")
     for name in ("forward", "step"):
         row = found[name]
         print(evaluate.table_row(name, f"{row['seconds_per_image']:.4f}", row["images_per_s"],
                                  f"{row['gflop_per_image']:.1f}", f"{100 * row['share']:.0f}%"))
-    print(f"\nproduct of two 4096x4096 matrices: {found['product_gflops']:.0f} GFLOP/s a process"
+    print(f"\nproduct of two 4096x4096 matrices: {found['product_gflops']:.0f} GFLOP/s a process "
+          f"by PyTorch's matmul, {found['linear_gflops']:.0f} by backbones.linear"
           f"\npeak memory: {found['peak_memory_gb']:.2f} GB a process"
           f"\nloader: {found['loader_images_per_s']:.0f} JPEG photos of 640x480/s a process")
     if json_path:
