@@ -235,27 +235,24 @@ def letterbox_place(width, height, size):
     return scale, (size - scale * width) / 2, (size - scale * height) / 2
 
 
-def letterbox(image, size):
-    """A photo or mask (PIL), longer side resized to `size`, centred on a square (PIL).
+def letterbox(photo, size):
+    """A photo (PIL, RGB), longer side resized to `size`, centred on a square (PIL).
 
-    The borders of a photo (mode RGB) are the mean colour, of a mask (mode L) zero. What would be
-    thinner than a pixel is all border.
+    The borders are the mean colour. What would be thinner than a pixel is all border.
     """
-    scale, *corner = letterbox_place(*image.size, size)
-    colour, resample = ((MEAN_COLOUR, Image.Resampling.BICUBIC) if image.mode == "RGB" else
-                        (0, Image.Resampling.BILINEAR))
-    square = Image.new(image.mode, (size, size), colour)
+    scale, *corner = letterbox_place(*photo.size, size)
+    square = Image.new("RGB", (size, size), MEAN_COLOUR)
     # The pixels `first` to `last` of the square have their centres on the photo. Their outer edges,
     # `box` in the photo's pixels, lie up to half a pixel of theirs beyond it, hence the margin.
     first = [max(0, math.ceil(at - scale / 2)) for at in corner]
     last = [min(size - 1, math.floor(at + scale * (side - 0.5)))
-            for at, side in zip(corner, image.size)]
-    if scale * min(image.size) >= 1:
+            for at, side in zip(corner, photo.size)]
+    if scale * min(photo.size) >= 1:
         margin = math.ceil(0.5 / scale)
         box = [(u + half - at) / scale + 0.5 + margin
                for pixel, half in ((first, -0.5), (last, 0.5)) for u, at in zip(pixel, corner)]
-        shown = ImageOps.expand(image, margin, colour).resize(
-            [b - a + 1 for a, b in zip(first, last)], resample, box)
+        shown = ImageOps.expand(photo, margin, MEAN_COLOUR).resize(
+            [b - a + 1 for a, b in zip(first, last)], Image.Resampling.BICUBIC, box)
         square.paste(shown, first)
     return square
 
@@ -263,7 +260,7 @@ def letterbox(image, size):
 def training_letterbox(image, size):
     """`letterbox` for training, several times as fast: uint8 (C, H, W) to (C, size, size).
 
-    A photo has three channels, a mask one. PyTorch's resizing knows whole pixels alone, so a photo
+    A photo has three channels, a mask one, and zeros for borders. PyTorch's resizing knows whole pixels alone, so a photo
     lies up to about a pixel beside its place (one of its own where it is made larger), its mask
     with it. What is thinner than a pixel becomes a pixel thick.
     """
