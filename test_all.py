@@ -300,7 +300,7 @@ class Equations(unittest.TestCase):
         self.assertTrue(torch.autograd.gradcheck(lambda x: product(x, *frozen), (x,)))
         self.assertIsNone(product(x, *frozen).grad_fn.saved_tensors[0])
         # The way that large layers go, where the machine has it, and the other agree.
-        layer, x = backbones.Linear(512, 512), torch.randn(2, 64, 512, requires_grad=True)
+        layer, x = backbones.Linear(512, 512), torch.randn(2, 128, 512, requires_grad=True)
         found = []
         for way in (backbones.POINTWISE, True, False):
             with mock.patch.object(backbones, "POINTWISE", way):
