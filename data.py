@@ -260,9 +260,9 @@ def letterbox(photo, size):
 def training_letterbox(image, size):
     """`letterbox` for training, several times as fast: uint8 (C, H, W) to (C, size, size).
 
-    A photo has three channels, a mask one, and zeros for borders. PyTorch's resizing knows whole pixels alone, so a photo
-    lies up to about a pixel beside its place (one of its own where it is made larger), its mask
-    with it. What is thinner than a pixel becomes a pixel thick.
+    A photo has three channels, a mask one and borders of zeros. PyTorch's resizing knows whole
+    pixels alone, so a photo lies up to about a pixel beside its place (one of its own where it is
+    made larger), its mask with it. What is thinner than a pixel becomes a pixel thick.
     """
     scale = size / max(image.shape[1:])
     height, width = (max(1, round(scale * side)) for side in image.shape[1:])
