@@ -121,10 +121,12 @@ POINTWISE = (torch.backends.mkl.is_available()
 def linear(x, weight, bias=None):
     """`F.linear` by the faster of two ways: x (..., K), weight (N, K), bias (N,) to (..., N).
 
-    Below 2^26 multiplications, a third of a millisecond, the convolution gains little or nothing.
+    Below 2^26 multiplications, a third of a millisecond, the convolution gains little or nothing,
+    and with one thread PyTorch does not take it to oneDNN.
     """
     if (POINTWISE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and x.numel() * len(weight) >= 2**26 and not torch.is_autocast_enabled("cpu")):
+            and x.numel() * len(weight) >= 2**26 and torch.get_num_threads() > 1
+            and not torch.is_autocast_enabled("cpu")):
         return PointwiseProduct.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
