@@ -437,7 +437,7 @@ class LoRA(nn.Module):
     def merged(self):
         """The one linear layer that does the same: nothing is left to pay when it is used."""
         layer = Linear(self.frozen.in_features, self.frozen.out_features,
-                          self.frozen.bias is not None).to(self.frozen.weight)
+                       self.frozen.bias is not None).to(self.frozen.weight)
         layer.load_state_dict(self.frozen.state_dict())
         with torch.no_grad():
             layer.weight += (self.up @ self.down).flatten(0, 1)

@@ -752,7 +752,7 @@ def bench(args, config, rank, world, device):
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     work = {"forward": forward, "step": step, "product": lambda: left @ right,
             "linear": lambda: backbones.linear(left, right)}
-    gflop = {"product": 2e-9 * side**3, "linear": 2e-9 * side**3}
+    gflop = dict.fromkeys(("product", "linear"), 2e-9 * side**3)
     for name in ("forward", "step"):        # of this process
         # Of fused attention the counter knows GPUs' alone.
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
