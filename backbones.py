@@ -82,52 +82,41 @@ FORMS = {
 }
 
 
-class PointwiseProduct(torch.autograd.Function):
-    """x (..., K), weight (N, K) and bias (N,) or None to x weight^T + bias, as a 1x1 convolution.
+# PyTorch's products call MKL, which on AMD's CPUs leaves half of each vector unit idle. oneDNN's
+# linear layer, which torch.compile takes, does not: 420 against 200 GFLOP/s on two cores (EPYC).
+ONEDNN_LINEAR = (torch.ops.mkldnn._linear_pointwise if torch.backends.mkl.is_available()
+                 and torch.backends.cpu.get_cpu_capability() == "AVX512" else None)
 
-    Keeps x only for a weight that learns, as PyTorch's linear layer does and its convolution not.
-    """
+
+def onednn_linear(x, weight, bias=None):
+    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")   # no activation after it
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x (..., K), weight (N, K) and bias (N,) or None to x weight^T + bias, (..., N), by oneDNN."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        out = F.conv2d(as_map(x), weight[..., None, None], bias)
-        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        if x is None:                                       # its shape is enough
-            x = gradient.new_empty(*gradient.shape[:-1], weight.shape[1])
-        to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
-            as_map(gradient), as_map(x), weight[..., None, None], [len(weight)],
-            [1, 1], [0, 0], [1, 1], False, [0, 0], 1, ctx.needs_input_grad)
-        if to_x is not None:
-            to_x = to_x.permute(0, 2, 3, 1).reshape(x.shape)
-        return to_x, None if to_weight is None else to_weight.reshape(weight.shape), to_bias
-
-
-def as_map(x):
-    """Tokens (..., C) as a map (1, C, tokens, 1) whose channels are last in memory."""
-    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-# PyTorch's products call MKL, which on AMD's CPUs leaves half of each vector unit idle; its
-# convolutions call oneDNN, which does not: 440 against 200 GFLOP/s on two cores (EPYC, Zen 5).
-POINTWISE = (torch.backends.mkl.is_available()
-             and torch.backends.cpu.get_cpu_capability() == "AVX512")
+        (x, weight), rows = ctx.saved_tensors, gradient.flatten(0, -2)
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (onednn_linear(gradient, weight.t()) if for_x else None,
+                onednn_linear(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
+                rows.sum(0) if for_bias else None)
 
 
 def linear(x, weight, bias=None):
     """`F.linear` by the faster of two ways: x (..., K), weight (N, K), bias (N,) to (..., N).
 
-    Below 2^26 multiplications, a third of a millisecond, the convolution gains little or nothing,
-    and with one thread PyTorch does not take it to oneDNN.
+    oneDNN gains little or nothing below 2^26 multiplications, a third of a millisecond.
     """
-    if (POINTWISE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and x.numel() * len(weight) >= 2**26 and torch.get_num_threads() > 1
-            and not torch.is_autocast_enabled("cpu")):
-        return PointwiseProduct.apply(x, weight, bias)
+    if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and x.numel() * len(weight) >= 2**26 and not torch.is_autocast_enabled("cpu")):
+        return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -286,31 +286,30 @@ class Equations(unittest.TestCase):
                 mock.patch.object(head, "sine_positions", lambda *_: word_places):
             self.same(decoder(x, words, padding), y)
 
-    def test_linear_layer_as_a_convolution(self):
+    def test_linear_layer_by_onednn(self):
         torch.manual_seed(0)
+        # Its backward pass, with PyTorch's linear layer in oneDNN's place, which is single.
         x, weight, bias = (torch.randn(*shape).double().requires_grad_()
                            for shape in ((2, 3, 5), (4, 5), (4,)))
-        for offset in (bias, None):
-            out = backbones.PointwiseProduct.apply(x, weight, offset)
-            self.same(out, x @ weight.T + (0 if offset is None else offset))
-        product = backbones.PointwiseProduct.apply
-        self.assertTrue(torch.autograd.gradcheck(product, (x, weight, bias)))
-        # Nothing is kept for a frozen weight but the weight.
-        frozen = weight.detach(), bias.detach()
-        self.assertTrue(torch.autograd.gradcheck(lambda x: product(x, *frozen), (x,)))
-        self.assertIsNone(product(x, *frozen).grad_fn.saved_tensors[0])
-        # The way that large layers go, where the machine has it, and the other agree.
-        layer, x = backbones.Linear(512, 512), torch.randn(2, 128, 512, requires_grad=True)
+        product, frozen = backbones.OneDNNLinear.apply, (weight.detach(), bias.detach())
+        with mock.patch.object(backbones, "onednn_linear", nn.functional.linear):
+            for inputs in ((x, weight, bias), (x, weight, None), (x, *frozen), (x[0], weight, bias),
+                           (x.detach(), weight, bias)):
+                self.assertTrue(torch.autograd.gradcheck(product, inputs))
+            # Nothing is kept for a frozen weight but the weight.
+            self.assertIsNone(product(x, *frozen).grad_fn.saved_tensors[0])
+        # Where the machine has it, large layers go there, and agree with PyTorch's.
+        layer, x = backbones.Linear(512, 640), torch.randn(2, 128, 512, requires_grad=True)
         found = []
-        for way in (backbones.POINTWISE, True, False):
-            with mock.patch.object(backbones, "POINTWISE", way):
+        for way in (backbones.ONEDNN_LINEAR, None):
+            with mock.patch.object(backbones, "ONEDNN_LINEAR", way):
                 out = layer(x)
-            self.assertEqual("Pointwise" in type(out.grad_fn).__name__,
-                             way and torch.get_num_threads() > 1)
-            found.append((out, *torch.autograd.grad((out ** 2).sum(), (x, *layer.parameters()))))
-        for one, other, plain in zip(*found):
-            for result in (one, other):
-                self.assertLess(float((result - plain).detach().abs().max() / plain.std()), 1e-5)
+                self.assertEqual("OneDNN" in type(out.grad_fn).__name__, way is not None)
+                self.assertNotIn("OneDNN", type(layer(x[:, :50]).grad_fn).__name__)
+                found.append(
+                    (out, *torch.autograd.grad((out ** 2).sum(), (x, *layer.parameters()))))
+        for one, plain in zip(*found):
+            self.assertLess(float((one - plain).detach().abs().max() / plain.std()), 1e-5)
 
     def test_attention_with_dropout(self):
         """Which weights are dropped is drawn; seen with v the identity, they are what comes out."""
