@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbones import Linear, MultiheadAttention
+from backbones import Linear, MultiheadAttention, linear
 
 
 def conv_bn_relu(channels, out_channels, kernel=1):
@@ -152,11 +152,9 @@ class UpsampledConvolution(nn.Conv2d):
 
     def forward(self, x):
         rows, columns = (upsample_and_shift(side, x.device).to(x.dtype) for side in x.shape[-2:])
-        # Channels last in memory, so that most of the moves of axes below copy nothing.
-        kernel = self.weight.permute(2, 3, 0, 1)                            # (3, 3, C', C)
-        taps = F.conv2d(x.contiguous(memory_format=torch.channels_last),
-                        kernel.flatten(0, 2)[..., None, None])              # (B, 9 C', h, w)
-        taps = taps.permute(0, 2, 3, 1).unflatten(3, (3, -1))               # (B, h, w, 3, 3 C')
+        # Channels last, as they lie in memory: most of the moves of axes below copy nothing.
+        kernel = self.weight.permute(2, 3, 0, 1).flatten(0, 2)              # (9 C', C)
+        taps = linear(x.permute(0, 2, 3, 1), kernel).unflatten(3, (3, -1))  # (B, h, w, 3, 3 C')
         taps = taps.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2)         # (B, 3 h, w * 3 C')
         tall = rows.permute(2, 0, 1).flatten(1) @ taps                      # (B, 2h, w * 3 C')
         tall = tall.unflatten(2, (-1, self.out_channels))                   # (B, 2h, w * 3, C')

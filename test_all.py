@@ -305,7 +305,7 @@ class Equations(unittest.TestCase):
             with mock.patch.object(backbones, "ONEDNN_LINEAR", way):
                 out = layer(x)
                 self.assertEqual("OneDNN" in type(out.grad_fn).__name__, way is not None)
-                self.assertNotIn("OneDNN", type(layer(x[:, :50]).grad_fn).__name__)
+                self.assertNotIn("OneDNN", type(layer(x[:, :10]).grad_fn).__name__)
                 found.append(
                     (out, *torch.autograd.grad((out ** 2).sum(), (x, *layer.parameters()))))
         for one, plain in zip(*found):
