@@ -43,7 +43,7 @@ class BottleneckAdapter(nn.Module):
 
 
 def conv_bn_relu(channels, out_channels, kernel, dims):
-    """A convolution that keeps the size. Unlike the head's: with bias, and eps 1e-3."""
+    """A convolution that keeps the size, with bias, and eps 1e-3, both unlike the head's."""
     convolution, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[dims]
     return nn.Sequential(convolution(channels, out_channels, kernel, padding=kernel // 2),
                          norm(out_channels, eps=1e-3), nn.ReLU())
@@ -98,7 +98,8 @@ class DenseTextAdapter(nn.Module):
 class CrossAttention(nn.Module):
     """The attention of DCRIS Eq. 2: patches (B, N, rank) ask the words (B, L, text_width).
 
-    Keys and values are one projection of the words. No padding mask, as in the authors' program.
+    Keys and values are made of one projection of the words. No padding mask, as in the authors'
+    program.
     """
 
     def __init__(self, rank, text_width, dropout, width=128, heads=8):
@@ -143,7 +144,10 @@ class DenseCrossAdapter(nn.Module):
 
 
 def kaiming(module):
-    """He et al.'s initialisation (ReLU) of all linear layers and convolutions, zero biases."""
+    """He et al.'s initialisation (ReLU) of all linear layers and convolutions, zero biases.
+
+    (An attention's query-key-value weight is neither, and keeps PyTorch's.)
+    """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -228,8 +232,8 @@ def global_prior(words, patches, padding):
 class GlobalBlock(nn.Module):
     """A pre-norm transformer block whose attention also mixes the global prior, BarLeRIa Eq. 6.
 
-    x and prior p_i: (B, N, width). The values are x W_v + p_i W_p (the paper prints I W_p, and says
-    that p is projected).
+    x and prior p_i: (B, N, width). The values are LN(x) W_v + p_i W_p (the paper prints I W_p, and
+    says that p is projected).
     """
 
     def __init__(self, width, heads):
@@ -255,7 +259,7 @@ class GlobalShortcutTuning(nn.Module):
     Its tokens are [queries, words, image]. The image's have a patch layer and a grid of positions
     of their own; what the patch leaves over at the right and lower edge is not seen. After each
     block they take in those of one stage of the vision tower, without gradient (section 2.4): of
-    the towers, only the words are reached by this network's.
+    the towers' outputs, only the words get this network's gradient.
 
     Left open by the paper, and here: the sum of Eq. 8 goes on into the next block; one LayerNorm
     and linear layer brings all stages to this width; queries have no prior; padding takes part like
@@ -325,7 +329,7 @@ class GatedCrossAttention(nn.Module):
 
 
 def pointwise_bn_relu(width, out_width):
-    """A 1x1 convolution of patches (B, width, N), without bias, and all that follows it."""
+    """A 1x1 convolution of patches (B, width, N), without bias; batch normalisation, ReLU."""
     return nn.Sequential(
         nn.Conv1d(width, out_width, 1, bias=False), nn.BatchNorm1d(out_width), nn.ReLU())
 
@@ -418,9 +422,9 @@ class CompacterAdapter(nn.Module):
 class LoRA(nn.Module):
     """Hu et al. (2021): a frozen linear layer, and beside it Up(Down(x)) without a ReLU.
 
-    (B, N, in_features) to (B, N, out_features).
-    Where one layer stands for several `parts` (query, key and value), each has a pair of its own.
-    That paper's constant factor alpha / rank is 1. Starts as the frozen layer: Up is zero.
+    (B, N, in_features) to (B, N, out_features). Where one layer stands for several `parts` (query,
+    key and value), each has a pair of its own. That paper's constant factor alpha / rank is 1.
+    Starts as the frozen layer: Up is zero.
     """
 
     def __init__(self, frozen, rank, parts=1):

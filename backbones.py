@@ -1,9 +1,10 @@
-"""The frozen towers: one vision transformer, CLIP's text transformer, and their published weights.
+"""The towers: one vision transformer, CLIP's text transformer, and their published weights.
 
 A tower is stepped from outside, block by block: `embed`, then every one of `blocks`, then `final`.
 The order in which two towers are stepped *is* the tuning method, and so it belongs to `model.py`.
-What a method hangs onto a block travels in an `Attached`, or wraps one of its layers; this file
-never mentions an adapter. `MultiheadAttention`, of PyTorch's form, is for adapters and head.
+What a method hangs onto a block travels in an `Attached`, or wraps one of its layers; no adapter
+stands in this file. `Linear` and `MultiheadAttention`, PyTorch's layers made faster, serve adapters
+and head, too.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
 (https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA). Tokens are
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 
@@ -40,88 +42,53 @@ class WeightsError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# The transformer block
+# Linear layers and attention
 # ---------------------------------------------------------------------------------------------
 
-def unchanged(x):
-    return x
-
-
-class Attached(NamedTuple):
-    """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
-    attention_shortcut: Callable = unchanged    # stands on the skip connection of the attention
-    mlp_shortcut: Callable = unchanged          # stands on the skip connection of the MLP
-    beside_mlp: Callable | None = None          # parallel to the MLP: normed input, in LayerScale
-
-
-NOTHING = Attached()
-
-
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-class Form(NamedTuple):
-    """What sets one family of towers apart from another, beside its numbers."""
-    activation: Callable
-    eps: float = 1e-5               # of the LayerNorms
-    causal: bool = False            # a token sees itself and those before it
-    layer_scale: bool = False       # a learned factor per channel at the end of both branches
-    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
-    norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
-    mask_token: bool = False        # of self-supervised pretraining
-    antialias: bool = False         # when the grid of positions is resized
-
-
-FORMS = {
-    "dinov2": Form(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
-    "clip": Form(quick_gelu, norm_before=True),
-    "eva": Form(F.silu, eps=1e-6, eva=True),
-    "clip text": Form(quick_gelu, causal=True),
-    "eva text": Form(F.gelu, causal=True),
-}
-
-
 # PyTorch's products call MKL, which on AMD's CPUs leaves half of each vector unit idle. oneDNN's
-# linear layer, which torch.compile takes, does not: 420 against 200 GFLOP/s on two cores (EPYC).
-ONEDNN_LINEAR = (torch.ops.mkldnn._linear_pointwise if torch.backends.mkl.is_available()
-                 and torch.backends.cpu.get_cpu_capability() == "AVX512" else None)
+# linear layer, the one torch.compile uses, fills it. (Intel's CPUs with AVX-512 take it, too;
+# whether that helps them was not measured.)
+ONEDNN_LINEAR = None
+if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise
 
 
 def onednn_linear(x, weight, bias=None):
     return ONEDNN_LINEAR(x, weight, bias, "none", [], "")   # no activation after it
 
 
-class OneDNNLinear(torch.autograd.Function):
-    """x (..., K), weight (N, K) and bias (N,) or None to x weight^T + bias, (..., N), by oneDNN."""
+class LinearByOneDNN(torch.autograd.Function):
+    """x (..., I), weight (O, I) and bias (O,) or None to x weight^T + bias, (..., O)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # frozen: keeps no x
         return onednn_linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        (x, weight), rows = ctx.saved_tensors, gradient.flatten(0, -2)
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (onednn_linear(gradient, weight.t()) if for_x else None,
-                onednn_linear(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
-                rows.sum(0) if for_bias else None)
+        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
+        x_learns, weight_learns, bias_learns = ctx.needs_input_grad
+        return (onednn_linear(gradient, weight.t()) if x_learns else None,
+                onednn_linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if weight_learns else None,
+                rows.sum(0) if bias_learns else None)
 
 
 def linear(x, weight, bias=None):
-    """`F.linear` by the faster of two ways: x (..., K), weight (N, K), bias (N,) to (..., N).
+    """`F.linear`, or oneDNN's for large layers: x (..., I), weight (O, I), bias (O,) to (..., O).
 
-    Below 2^23 multiplications the autograd function of our own costs more than oneDNN saves.
+    Below 2^23 multiplications our own autograd function costs more than oneDNN saves. Autocast is
+    for `F.linear`, which does the casting.
     """
     if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
             and x.numel() * len(weight) >= 2**23 and not torch.is_autocast_enabled("cpu")):
-        return OneDNNLinear.apply(x, weight, bias)
+        return LinearByOneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """PyTorch's, by `linear`."""
+    """PyTorch's layer, computed by `linear`."""
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
@@ -149,35 +116,39 @@ def attend(q, k, v, heads, causal=False, angles=None, padding=None, dropout=0.0)
 class UnfusedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
 
-    q (B, heads, N, C), k and v (B, heads, M, C), seen (B, 1, 1, M) or None. Its own backward, as
-    autograd would keep the weights three times: plain, masked, and the mask in their type.
+    q (B, heads, N, C), k and v (B, heads, M, C), seen (B, 1, 1, M) or None. Its own backward: it
+    keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
+    times: plain, masked, and the mask in their type.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, seen, dropout):
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)              # (B, heads, N, M)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)            # (B, heads, N, M)
         if seen is not None:
             scores.masked_fill_(~seen, -torch.inf)
-        weights, dropped, ctx.more = scores.softmax(-1), None, 1.0
+        weights, dropped, ctx.rescale = scores.softmax(-1), None, 1.0
         if dropout:
-            # Random numbers are the slowest part, so one of 64 bits decides for four weights.
+            # Random numbers cost most, so each one of 64 bits is cut into four, one a weight. That
+            # rounds the share to a multiple of 2^-16, below 1.
             threshold = min(round(dropout * 2**16), 2**16 - 1)
             bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
             dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
-            ctx.more = 1 / (1 - threshold / 2**16)
-        out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.more)
+            ctx.rescale = 1 / (1 - threshold / 2**16)
+        out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.rescale)
         ctx.save_for_backward(q, k, v, weights, dropped, out)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         q, k, v, weights, dropped, out = ctx.saved_tensors
-        scale, to_out = q.shape[-1] ** -0.5, gradient * ctx.more
+        scale, rescaled = q.shape[-1] ** -0.5, gradient * ctx.rescale
         used = weights if dropped is None else weights.masked_fill(dropped, 0)
-        to_v, to_scores = used.transpose(-1, -2) @ to_out, to_out @ v.transpose(-1, -2)
+        to_v, to_scores = used.transpose(-1, -2) @ rescaled, rescaled @ v.transpose(-1, -2)
         if dropped is not None:
             to_scores.masked_fill_(dropped, 0)
-        # The softmax's sum over a row's weights is this one over the channels of what came out.
+        # A softmax's backward subtracts from each row the sum of its weights times their gradients,
+        # which is the sum over the channels of what came out times its gradient.
         to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
         return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
 
@@ -194,6 +165,67 @@ def turn(x, cos, sin):
     return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
 
 
+class MultiheadAttention(nn.MultiheadAttention):
+    """The parameters of PyTorch's layer, computed by `linear` and `attend`.
+
+    Queries (B, N, D), keys (B, M, kdim) and values (B, M, vdim) to (B, N, D) alone, without the
+    attention's weights; padding (B, M) is True where no one may look. Of the constructor's options
+    dropout, kdim and vdim count. PyTorch's own forward puts the batch second, which costs copies.
+    """
+
+    def forward(self, query, key, value, padding=None):
+        weights = (self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else
+                   (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
+        q, k, v = (linear(x, *layer) for x, *layer in zip(
+            (query, key, value), weights, self.in_proj_bias.chunk(3)))
+        x = attend(q, k, v, self.num_heads, padding=padding,
+                   dropout=self.dropout if self.training else 0.0)
+        return linear(x, self.out_proj.weight, self.out_proj.bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# The transformer block
+# ---------------------------------------------------------------------------------------------
+
+def unchanged(x):
+    return x
+
+
+class Attached(NamedTuple):
+    """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
+    attention_shortcut: Callable = unchanged    # stands on the skip connection of the attention
+    mlp_shortcut: Callable = unchanged          # stands on the skip connection of the MLP
+    beside_mlp: Callable | None = None          # added to the MLP, before LayerScale; normed input
+
+
+NOTHING = Attached()
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Form(NamedTuple):
+    """What sets one family of towers apart from another, besides its numbers."""
+    activation: Callable
+    eps: float = 1e-5               # of the LayerNorms
+    causal: bool = False            # a token sees itself and those before it
+    layer_scale: bool = False       # a learned factor per channel at the end of both branches
+    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
+    norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
+    mask_token: bool = False        # of self-supervised pretraining
+    antialias: bool = False         # when the grid of positions is resized
+
+
+FORMS = {
+    "dinov2": Form(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
+    "clip": Form(quick_gelu, norm_before=True),
+    "eva": Form(F.silu, eps=1e-6, eva=True),
+    "clip text": Form(quick_gelu, causal=True),
+    "eva text": Form(F.gelu, causal=True),
+}
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused query-key-value layer."""
 
@@ -205,23 +237,6 @@ class Attention(nn.Module):
 
     def forward(self, x, causal=False, angles=None):
         return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, angles))
-
-
-class MultiheadAttention(nn.MultiheadAttention):
-    """PyTorch's, with its parameters, on `attend`.
-
-    Queries (B, N, D), keys and values (B, M, ...) to (B, N, D); padding (B, M) is True where no one
-    may look. PyTorch's own forward puts the batch second, which costs copies.
-    """
-
-    def forward(self, query, key, value, padding=None):
-        weights = (self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else
-                   (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
-        q, k, v = (linear(x, *layer) for x, *layer in zip(
-            (query, key, value), weights, self.in_proj_bias.chunk(3)))
-        x = attend(q, k, v, self.num_heads, padding=padding,
-                   dropout=self.dropout if self.training else 0.0)
-        return linear(x, self.out_proj.weight, self.out_proj.bias)
 
 
 class InnerNormAttention(nn.Module):
@@ -414,7 +429,7 @@ class ViT(nn.Module):
         """By how much EVA-02 turns queries and keys at every place of a grid; None for others.
 
         Cosines and sines (rows * columns, D/heads), each angle twice in a row. The first half of
-        the channels turns with the row, the second with the column, channel pair i at the rate
+        the channels turns with the row, the second with the column, pair i of each at the rate
         10000^(-4i / (D/heads)). At any grid, places span the 16x16 of its pretraining.
         """
         if not FORMS[self.shape.form].eva:

@@ -141,10 +141,10 @@ class Decoder(nn.Module):
 class UpsampledConvolution(nn.Conv2d):
     """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w).
 
-    Both are linear, so the convolution's nine taps may act first, as 1x1 convolutions of the small
-    map: a quarter of the convolution's multiplications, a third with the upsampling. What each tap
-    gives is upsampled, moved to its place and added up, one axis after the other, and on one axis
-    all three are one matrix.
+    Both are linear, so the convolution's nine taps may act first, as one linear layer of the small
+    map's pixels: a quarter of the convolution's multiplications, a third with the upsampling. What
+    each tap gives is then upsampled, moved to its place and added up, by one matrix for the rows
+    and one for the columns. It is a Conv2d for its weight alone.
     """
 
     def __init__(self, channels, out_channels):
@@ -174,7 +174,7 @@ class Projector(nn.Module):
 
     Map (B, width, h, w) and sentence (B, E) to logits (B, 1, 4h, 4w), in single precision or
     double: the sentence becomes the weights and bias of one 3x3 convolution over its own sample's
-    four times larger map.
+    map, which is four times as wide and high by then.
     """
 
     def __init__(self, width, sentence_width):
@@ -191,15 +191,15 @@ class Projector(nn.Module):
         for layer in larger:
             x = layer(x)                                                    # at last (B, C, 4h, 4w)
         kernel, bias = self.sentence(sentence).split([self.channels * 9, 1], dim=1)     # F_l
-        kernel = kernel.unflatten(1, (self.channels, 9))
-        # `last` would make F_c of x pixel by pixel. It goes into the kernel instead:
+        # `last` would make F_c = W x + b of every pixel. It goes into the kernel instead:
         # F_l . (W x + b) = (F_l W) . x + F_l . b. All nine taps are one matrix product. `fold` adds
         # each to the pixel that it is for: it scatters where a convolution gathers, hence `flip`.
-        constant = torch.einsum("bck,c->bk", kernel, last.bias)[..., None]
-        kernel = torch.einsum("bck,cdij->bkd", kernel, last.weight)
+        kernel = kernel.unflatten(1, (self.channels, 9)).flip(2)            # (B, C, 9)
+        constant = torch.einsum("bck,c->bk", kernel, last.bias)[..., None]  # (B, 9, 1)
+        kernel = torch.einsum("bck,cd->bkd", kernel, last.weight[..., 0, 0])    # (B, 9, C)
         taps = constant + kernel @ x.flatten(2)                             # (B, 9, 16 h w)
         taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
-        return F.fold(taps.flip(1), x.shape[-2:], 3, padding=1) + bias[..., None, None]
+        return F.fold(taps, x.shape[-2:], 3, padding=1) + bias[..., None, None]
 
 
 class Head(nn.Module):

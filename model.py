@@ -72,7 +72,7 @@ class Config:
     # Houlsby, Compacter, LoRA
     tuner_rank: int = 64
     # the head
-    features: tuple[int, ...] = (4, 8)  # blocks whose output the head sees, beside the last one's
+    features: tuple[int, ...] = (4, 8)  # blocks whose output the head sees, besides the last's
     head_width: int = 512
     head_heads: int = 8
     head_layers: int = 3                # of the decoder
@@ -99,7 +99,7 @@ DCRIS_L = replace(
 # The DCRIS authors' released program.
 DETRIS_B, DETRIS_L = (replace(config, text_convolutions=True, old_positions=True)
                       for config in (DCRIS_B, DCRIS_L))
-# The authors' programs train CLIP's positions beside what they count, and so do these.
+# The authors' programs train CLIP's positions besides what they count, and so do these.
 BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
                   features=(3, 7))
 ETRIS_B = replace(BARLERIA, method="etris", visual_flows=False)

@@ -160,7 +160,7 @@ def distribute(net, world, device):
 
 @dataclass
 class Progress:
-    """How far a run is: what it needs, beside weights and optimizer, to go on exactly."""
+    """How far a run is: what it needs, besides weights and optimizer, to go on exactly."""
     epoch: int = 1              # the one in hand
     step: int = 0               # steps of it that are done
     left_out: int = 0           # of these, changed nothing: loss or gradient was not finite
@@ -240,7 +240,7 @@ class Trainer:
         self.seed, self.rank, self.world, self.half = seed, rank, world, dtype is torch.float16
         self.learned = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.learned, lr=config.lr, fused=True)
-        # Beside scaling, which float16 alone needs, it leaves out steps that are not finite.
+        # Besides scaling, which float16 alone needs, it leaves out steps that are not finite.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.half else 1.0)
         self.parallel = distribute(net, world, device)
         self.statistics = [s for layer in net.modules()
@@ -357,7 +357,7 @@ class Trainer:
                        optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def restore(self, path, checkpoint):
-        """Takes up what `save` wrote beside the weights. WeightsError where that does not fit."""
+        """Takes up what `save` wrote besides the weights. WeightsError where that does not fit."""
         self.progress = Progress.of(path, checkpoint["progress"])
         optimizer, scaler = self.optimizer.state_dict(), self.scaler.state_dict()
         try:
@@ -396,11 +396,11 @@ def same_kind(tensor, other):
 
 
 def keep_memory():
-    """Has the C library keep the memory of tensors that are gone, for those of the next step.
+    """Has glibc keep the memory of tensors that are gone, for those of the next step.
 
-    glibc gives large blocks back to the system, which clears each page anew when it is needed
-    again: up to a third of a step on CPUs. The process then stays as large as it ever was. Other C
-    libraries have no such switches.
+    Otherwise it gives large blocks back to the system, which clears each page anew when it is
+    needed again: up to a third of a step on CPUs. The price: the process stays as large as it ever
+    was. Other C libraries have no such switches.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -548,7 +548,7 @@ def find_vocabulary(args, config, init):
 
 
 def describe_run(args, init, dtype, train_set):
-    """What a checkpoint says of its run beside the configuration; resuming asks for the same."""
+    """What a checkpoint says of its run besides the configuration; resuming asks for the same."""
     return {"dataset": args.dataset, "seed": args.seed, "keep_leaks": args.keep_leaks,
             "skip_broken": args.skip_broken, "precision": str(dtype or torch.float32),
             "preset": args.preset, "init": init and model.sha256(init[0]),
@@ -720,10 +720,10 @@ class Log:
 # ---------------------------------------------------------------------------------------------
 
 def bench(args, config, rank, world, device):
-    """Times a preset's forward pass and step on random numbers, and the loader on drawn photos.
+    """Times a preset's forward pass and step on random numbers, and the loader on random photos.
 
-    Prints a table, in the first process; with --json writes the same figures. Seconds are the
-    first process's; all work at the same time.
+    The first process prints a table of its own times, taken while all of them work, and with --json
+    writes the same figures.
     """
     dtype = evaluate.precision_type(args.precision, device)
     if dtype is torch.float16 and device.type == "cpu":
@@ -752,13 +752,13 @@ def bench(args, config, rank, world, device):
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     work = {"forward": forward, "step": step, "product": lambda: left @ right,
             "linear": lambda: backbones.linear(left, right)}
-    gflop = dict.fromkeys(("product", "linear"), 2e-9 * side**3)
-    # The counter does not know oneDNN's linear layer.
-    ours = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
-    for name in ("forward", "step"):        # of this process
-        # Of fused attention the counter knows GPUs' alone.
+    # The arithmetic of this process. The counter does not know oneDNN's linear layer, nor, on CPUs,
+    # fused attention, which is therefore taken apart here.
+    counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
+    gflop = {}
+    for name in ("forward", "step"):
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with plain, FlopCounterMode(display=False, custom_mapping=ours) as counter:
+        with plain, FlopCounterMode(display=False, custom_mapping=counts) as counter:
             work[name]()
         gflop[name] = counter.get_total_flops() / 1e9
     seconds = {name: [] for name in work}
@@ -772,7 +772,7 @@ def bench(args, config, rank, world, device):
             seconds[name].append(wait_for(device) - begun)
     # The first round warms up.
     seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    speeds = {name: gflop[name] / seconds[name] for name in ("product", "linear")}
+    speeds = {name: 2e-9 * side**3 / seconds[name] for name in ("product", "linear")}
     fastest = max(speeds.values())
     found = {"preset": args.preset, "image_size": config.image_size, "length": config.length,
              "batch": config.batch_size, "micro_batch": micro, "processes": world,
