@@ -78,11 +78,12 @@ class LinearByOneDNN(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """`F.linear`, or oneDNN's for large layers: x (..., I), weight (O, I), bias (O,) to (..., O).
 
-    Below 2^23 multiplications our own autograd function costs more than oneDNN saves. Autocast is
-    for `F.linear`, which does the casting.
+    Below 2^23 multiplications our own autograd function costs more than oneDNN saves. `F.linear`
+    does autocast's casting, and says clearly what is wrong with sizes that do not fit.
     """
     if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and x.numel() * len(weight) >= 2**23 and not torch.is_autocast_enabled("cpu")):
+            and x.numel() * len(weight) >= 2**23 and x.shape[-1] == weight.shape[1]
+            and not torch.is_autocast_enabled("cpu")):
         return LinearByOneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -334,6 +334,10 @@ def tell(error):
     elif str(error).startswith("DataLoader worker"):
         print(f"{name}: lost a process of the loader, which was killed (out of memory? try fewer "
               f"--workers)", file=sys.stderr)
+    elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+          or "can't allocate memory" in str(error)):
+        print(f"{name}: out of memory; try a smaller --batch-size or, in training, --micro-batch",
+              file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stderr.flush()

@@ -2747,7 +2747,12 @@ class Runs(unittest.TestCase):
                                                       found["linear_gflops"]))
             self.assertIn(f"| {name} | {row['seconds_per_image']:.4f} | ", out)
         self.assertGreater(found["loader_images_per_s"], 30)
+        with mock.patch.object(train, "random_batch", lambda *_: torch.empty(2**50)):
+            status, _, err = program(train, "--bench")
+        self.assertEqual((status, err.count("\n")), (1, 1), err)
+        self.assertIn("out of memory; try a smaller --batch-size", err)
         for arguments, message in ((["--json", figures], "for --bench"),
+                                   (["--bench", "--resume"], "trains nothing; leave --out"),
                                    (["--bench", "--rounds", 0], "at least 1"),
                                    (["--bench", "--json", self.root / "no" / "o"], "not a file")):
             status, _, err = program(train, *arguments)

@@ -36,6 +36,7 @@ import tempfile
 import time
 import types
 import typing
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -151,6 +152,8 @@ def distribute(net, world, device):
         for layer in net.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.forward = types.MethodType(synced_batch_norm, layer)
+    # How far apart the entries of a dimension of one lie means nothing, and yet DDP warns of it.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
 
 
@@ -930,6 +933,8 @@ def parse_arguments():
                      "--vision-weights, --text-weights and --vocabulary away")
     if args.rounds < 1:
         parser.error("--rounds is at least 1")
+    if args.bench and (args.out or args.resume or args.save_every):
+        parser.error("--bench trains nothing; leave --out, --resume and --save-every away")
     if args.json is not None:
         if not args.bench:
             parser.error("--json is for --bench; a run writes log.jsonl")
