@@ -154,7 +154,9 @@ def distribute(net, world, device):
                 layer.forward = types.MethodType(synced_batch_norm, layer)
     # How far apart the entries of a dimension of one lie means nothing, and yet DDP warns of it.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    # As views of the buckets in which they travel, gradients are kept once, not twice.
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
 
 
 # ---------------------------------------------------------------------------------------------
