@@ -21,8 +21,63 @@ from backbones import Linear, MultiheadAttention, attend, linear
 SCALE = 0.2         # of an adapter's output, as in the authors' program
 
 
+# ---------------------------------------------------------------------------------------------
+# Initialisation, one function a rule. The papers are silent; the rules are what the authors'
+# programs leave in a model that they have built.
+# ---------------------------------------------------------------------------------------------
+
+def truncated_normal_linears(module):
+    """Truncated normal, std 0.02, zero bias: every linear layer of a vision transformer.
+
+    DINOv2's and timm's initialisation. In the DETRIS program it also runs over the DenseCross
+    adapters, which are inside the blocks by then: an adapter's first output is next to nothing.
+    """
+    for layer in layers_of(module, nn.Linear):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        zero_bias(layer)
+
+
+def normal_linears(module):
+    """Normal, std 0.02, zero bias: every linear layer of BarLeRIa's intertwiner and ETRIS."""
+    for layer in layers_of(module, nn.Linear):
+        nn.init.normal_(layer.weight, std=0.02)
+        zero_bias(layer)
+
+
+def kaiming_convolutions(module):
+    """He et al.'s normal (ReLU) by inputs, zero bias: every convolution of a DenseCross adapter."""
+    for layer in layers_of(module, (nn.Conv1d, nn.Conv2d)):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        zero_bias(layer)
+
+
+def zero_up(down, up):
+    """He et al.'s normal (ReLU) down, zero up, zero biases: the adapter starts as the identity.
+
+    For the plain adapters of DCRIS Eq. 3 and Houlsby. No program of the authors' has them, so this
+    choice is ours.
+    """
+    nn.init.kaiming_normal_(down.weight, nonlinearity="relu")
+    nn.init.zeros_(up.weight)
+    zero_bias(down)
+    zero_bias(up)
+
+
+def layers_of(module, kind):
+    return (layer for layer in module.modules() if isinstance(layer, kind))
+
+
+def zero_bias(layer):
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# DCRIS
+# ---------------------------------------------------------------------------------------------
+
 class BottleneckAdapter(nn.Module):
-    """x + scale * Up(ReLU(Down(x))), (B, N, width); starts as the identity: Up's weight is zero.
+    """x + scale * Up(ReLU(Down(x))), (B, N, width); starts as the identity (`zero_up`).
 
     DCRIS Eq. 3 on the MLP's shortcut of a text block, with a scale of 0.2. And Houlsby et al.
     (2019), with a scale of 1, behind the MLP of a block, in front of its LayerScale and skip
@@ -35,8 +90,7 @@ class BottleneckAdapter(nn.Module):
         self.scale = scale
         self.down = Linear(width, rank)
         self.up = Linear(rank, width)
-        kaiming(self)
-        nn.init.zeros_(self.up.weight)
+        zero_up(self.down, self.up)
 
     def forward(self, x):
         return x + self.scale * self.up(self.down(x).relu())
@@ -50,7 +104,7 @@ def conv_bn_relu(channels, out_channels, kernel, dims):
 
 
 class DenseConvolutions(nn.Module):
-    """DCRIS Eq. 1: three convolutions, each fed by all before it, beside their common input.
+    """The three branches of DCRIS Eq. 1: convolutions, each fed by the input and all before it.
 
     The 3x3 and the 5x5 branch are squeezed to rank/16 channels first. Maps (B, rank, h, w) to the
     same shape: the branches have rank/2 + rank/4 + rank/4 channels. With `dims` 1 they are
@@ -71,14 +125,16 @@ class DenseConvolutions(nn.Module):
         x1 = self.branch1(x)                                # (B, rank/2, h, w)
         x2 = self.branch2(torch.cat([x, x1], 1))            # (B, rank/4, h, w)
         x3 = self.branch3(torch.cat([x, x1, x2], 1))        # (B, rank/4, h, w)
-        return torch.cat([x1, x2, x3], 1) + x
+        return torch.cat([x1, x2, x3], 1)                   # (B, rank, h, w)
 
 
 class DenseTextAdapter(nn.Module):
     """The text adapter of DETRIS, the DCRIS authors' later program: convolutions over the words.
 
-    Like `BottleneckAdapter`, with the branches of Eq. 1 in one dimension between Down and Up, and
-    the residual of Eq. 2. The first token skips the branches. `rank` must be a multiple of 16.
+    With h = ReLU(Down(x)), a word's output is Up([b1, b2, b3] + h): the branches of Eq. 1 in one
+    dimension and their input, added once. (In a DenseCross adapter it is added twice, in Eq. 1 and
+    in Eq. 2.) The first token skips the branches and gives Up(2 h). `rank` must be a multiple of
+    16. All layers start with PyTorch's own initialisation, as in that program.
     """
 
     def __init__(self, width, rank):
@@ -86,13 +142,11 @@ class DenseTextAdapter(nn.Module):
         self.down = Linear(width, rank)
         self.dense = DenseConvolutions(rank, dims=1)
         self.up = Linear(rank, width)
-        kaiming(self)
-        nn.init.zeros_(self.up.weight)
 
     def forward(self, x):
         hidden = self.down(x).relu()                                    # (B, L, rank)
-        dense = self.dense(hidden[:, 1:].transpose(1, 2)).transpose(1, 2)
-        return x + SCALE * self.up(torch.cat([hidden[:, :1], dense], dim=1) + hidden)
+        branches = self.dense(hidden[:, 1:].transpose(1, 2)).transpose(1, 2)
+        return x + SCALE * self.up(torch.cat([hidden[:, :1], branches], dim=1) + hidden)
 
 
 class CrossAttention(nn.Module):
@@ -132,26 +186,17 @@ class DenseCrossAdapter(nn.Module):
         self.dense = DenseConvolutions(rank)
         self.cross = CrossAttention(rank, text_width, dropout)
         self.up = Linear(rank, width)
-        kaiming(self)
+        kaiming_convolutions(self)
+        truncated_normal_linears(self)      # the attention's in-projection keeps PyTorch's Xavier
 
     def forward(self, x, words, grid):
         rows, columns = grid
         x = self.down(x).relu()                                         # F_v, (B, N, rank)
         others, patches = x.split([x.shape[1] - rows * columns, rows * columns], dim=1)
-        dense = self.dense(patches.transpose(1, 2).unflatten(2, grid))  # (B, rank, rows, columns)
+        patches = patches.transpose(1, 2).unflatten(2, grid)            # (B, rank, rows, columns)
+        dense = self.dense(patches) + patches                           # Eq. 1
         cross = self.cross(dense.flatten(2).transpose(1, 2), words)     # (B, rows*columns, rank)
-        return SCALE * self.up(torch.cat([others, cross], dim=1) + x)
-
-
-def kaiming(module):
-    """He et al.'s initialisation (ReLU) of all linear layers and convolutions, zero biases.
-
-    (An attention's query-key-value weight is neither, and keeps PyTorch's.)
-    """
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        return SCALE * self.up(torch.cat([others, cross], dim=1) + x)   # Eq. 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,10 +249,7 @@ class Intertwiner(nn.Module):
         super().__init__()
         self.words = bottleneck(text_width, rank, vision_width)
         self.class_token = bottleneck(vision_width, rank, text_width)
-        for layer in (*self.words, *self.class_token):
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        normal_linears(self)
 
     def forward(self, words, class_token):
         return self.words(words), self.class_token(class_token)
@@ -278,6 +320,7 @@ class GlobalShortcutTuning(nn.Module):
         self.blocks = nn.ModuleList(GlobalBlock(width, heads) for _ in range(blocks))
         self.stage = nn.Sequential(nn.LayerNorm(vision_width), Linear(vision_width, width))
         self.out = Linear(width, out_width)
+        truncated_normal_linears(self)
         for parameter in (self.queries, self.position):
             nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -328,30 +371,40 @@ class GatedCrossAttention(nn.Module):
         return x * self.attention(x, other, other)
 
 
-def pointwise_bn_relu(width, out_width):
-    """A 1x1 convolution of patches (B, width, N), without bias; batch normalisation, ReLU."""
-    return nn.Sequential(
-        nn.Conv1d(width, out_width, 1, bias=False), nn.BatchNorm1d(out_width), nn.ReLU())
+def pointwise_bn_relu(width, out_width, std):
+    """A 1x1 convolution of patches (B, width, N), without bias; batch normalisation, ReLU.
+
+    It starts normal with standard deviation `std`.
+    """
+    convolution = nn.Conv1d(width, out_width, 1, bias=False)
+    nn.init.normal_(convolution.weight, std=std)
+    return nn.Sequential(convolution, nn.BatchNorm1d(out_width), nn.ReLU())
 
 
 class Bridge(nn.Module):
     """One stage of ETRIS's Bridger (Xu et al., 2023): patches and words look at each other.
 
     Both come down to `width` channels, are joined with what entered the stage before (but for the
-    first), look at each other, go back up and are added. ETRIS transposes one convolution a stage;
-    with a 1x1 kernel that is the same layer with its weight transposed.
+    first), look at each other, go back up and are added.
+
+    ETRIS transposes one convolution a stage: on the way down in the last stage, on the way up in
+    the others. With a 1x1 kernel that is the same layer with its weight transposed. Its fan-out
+    (He et al.) is then counted on the other side: `width` in all stages but the last, there
+    `vision_width`.
     """
 
-    def __init__(self, vision_width, text_width, width, heads, first_stage):
+    def __init__(self, vision_width, text_width, width, heads, first_stage, last_stage):
         super().__init__()
-        self.patches_down = pointwise_bn_relu(vision_width, width)
+        std = (2 / (vision_width if last_stage else width)) ** 0.5
+        self.patches_down = pointwise_bn_relu(vision_width, width, std)
         self.words_down = Linear(text_width, width)
         if not first_stage:
             self.patches_norm, self.words_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.patches_read = GatedCrossAttention(width, heads)
         self.words_read = GatedCrossAttention(width, heads)
-        self.patches_up = pointwise_bn_relu(width, vision_width)
+        self.patches_up = pointwise_bn_relu(width, vision_width, std)
         self.words_up = Linear(width, text_width)
+        normal_linears(self)
 
     def forward(self, patches, words, before=None):
         """Patches (B, N, vision_width) and words (B, L, text_width), bridged.

@@ -546,11 +546,6 @@ def after_end(tokens):
     return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
 
 
-def from_clip(tower):
-    """Whether a tower is of CLIP's kind, whose position embeddings the authors leave to learn."""
-    return tower.shape.form != "dinov2"
-
-
 def freeze(tower):
     """No gradients, and eval mode for good: `train()` no longer reaches the tower."""
     tower.frozen = True

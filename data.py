@@ -228,65 +228,80 @@ def read_photo(path, upright=False):
 def letterbox_place(width, height, size):
     """How a photo lies in its letterbox: scale, left, top.
 
-    Pixel (x, y) of the photo lies at (left + scale * x, top + scale * y) of the square. Both count
-    from the centre of the first pixel, which is (0, 0), as the authors' cv2.warpAffine does.
+    Pixel (x, y) of the photo comes to (left + scale * x, top + scale * y) of the square, as in the
+    authors' programs. The centre of the first pixel is (0, 0), here and there.
     """
     scale = size / max(width, height)
     return scale, (size - scale * width) / 2, (size - scale * height) / 2
 
 
 def letterbox(photo, size):
-    """A photo (PIL, RGB), longer side resized to `size`, centred on a square (PIL).
+    """A photo (PIL, RGB) on a square: longer side resized to `size`, centred, uint8 (3, S, S).
 
-    The borders are the mean colour. What would be thinner than a pixel is all border.
+    Bicubic, with the mean colour around it.
     """
-    scale, *corner = letterbox_place(*photo.size, size)
-    square = Image.new("RGB", (size, size), MEAN_COLOUR)
-    # The pixels `first` to `last` of the square have their centres on the photo. Their outer edges,
-    # `box` in the photo's pixels, lie up to half a pixel of theirs beyond it, hence the margin.
-    first = [max(0, math.ceil(at - scale / 2)) for at in corner]
-    last = [min(size - 1, math.floor(at + scale * (side - 0.5)))
-            for at, side in zip(corner, photo.size)]
-    if scale * min(photo.size) >= 1:
-        margin = math.ceil(0.5 / scale)
-        box = [(u + half - at) / scale + 0.5 + margin
-               for pixel, half in ((first, -0.5), (last, 0.5)) for u, at in zip(pixel, corner)]
-        shown = ImageOps.expand(photo, margin, MEAN_COLOUR).resize(
-            [b - a + 1 for a, b in zip(first, last)], Image.Resampling.BICUBIC, box)
-        square.paste(shown, first)
-    return square
+    colour = torch.tensor(MEAN_COLOUR, dtype=torch.float32)
+    columns = torch.from_numpy(np.array(photo.transpose(Image.Transpose.TRANSPOSE))).flatten(1)
+    columns = (columns - colour.repeat(photo.height)).unflatten(1, (-1, 3))         # (W, H, 3)
+    square = warp(columns, *letterbox_place(*photo.size, size), size, size)
+    return to_bytes(square + colour[:, None, None])
 
 
-def training_letterbox(image, size):
-    """`letterbox` for training, several times as fast: uint8 (C, H, W) to (C, size, size).
-
-    A photo has three channels, a mask one and borders of zeros. PyTorch's resizing knows whole
-    pixels alone, so a photo lies up to about a pixel beside its place (one of its own where it is
-    made larger), its mask with it. What is thinner than a pixel becomes a pixel thick.
-    """
-    scale = size / max(image.shape[1:])
-    height, width = (max(1, round(scale * side)) for side in image.shape[1:])
-    left, top = (size - width) // 2, (size - height) // 2
-    colour, mode = (MEAN_COLOUR, "bicubic") if len(image) == 3 else ((0,), "bilinear")
-    square = torch.tensor(colour, dtype=torch.uint8)[:, None, None].repeat(1, size, size)
-    square[:, top:top + height, left:left + width] = F.interpolate(
-        image[None], (height, width), mode=mode, antialias=True)[0]
-    return square
+def letterbox_mask(mask, size):
+    """A mask, uint8 (H, W), 0 and 255, where `letterbox` puts its photo: bilinear, 0 around it."""
+    height, width = mask.shape
+    place = letterbox_place(width, height, size)
+    return to_bytes(warp(mask.t()[..., None].float(), *place, size, size, cubic=False))  # (1, S, S)
 
 
 def unletterbox(square, width, height):
-    """A square map (S, S) back at the photo's own size (height, width), bicubic, 0 outside.
+    """A square map (S, S) back at the photo's own size (height, width): bicubic, 0 outside."""
+    scale, left, top = letterbox_place(width, height, square.shape[-1])
+    return warp(square.t()[..., None].float(), 1 / scale, -left / scale, -top / scale,
+                width, height)[0]
 
-    The authors' cv2.warpAffine(square, inverse, (width, height), flags=INTER_CUBIC), in PyTorch.
+
+def to_bytes(x):
+    return x.round_().clamp_(0, 255).byte().contiguous()
+
+
+def warp(image, scale, left, top, width, height, cubic=True):
+    """Resizes and moves: what was at (x, y) comes to (left + scale * x, top + scale * y).
+
+    Image (W, H, C), float, to (C, height, width); bicubic or bilinear, whatever the scale (no
+    antialiasing), 0 outside of the image. This is OpenCV 4's cv2.warpAffine, with which the
+    authors' programs resize photos, masks and predictions; without a rotation, columns and rows can
+    be resized one after the other. OpenCV rounds places to 1/32 pixel (5.0 does not any more).
     """
-    size = square.shape[-1]
-    scale, left, top = letterbox_place(width, height, size)
-    x = left + scale * torch.arange(width, device=square.device)
-    y = top + scale * torch.arange(height, device=square.device)
-    # grid_sample counts from -1, the first pixel's centre, to 1, the last one's.
-    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) * 2 / (size - 1) - 1  # (h, w, 2)
-    return F.grid_sample(square[None, None].float(), places[None], mode="bicubic",
-                         padding_mode="zeros", align_corners=True)[0, 0]
+    def resize_first_axis(image, side, shift):
+        index, weights = taps(len(image), side, scale, shift, cubic, image.device)
+        return F.embedding_bag(index, image.flatten(1), mode="sum",         # sums of weighted rows
+                               per_sample_weights=weights.to(image.dtype))
+
+    columns = resize_first_axis(image, width, left)                         # (width, H * C)
+    rows = columns.t().unflatten(0, image.shape[1:])                        # (H, C, width)
+    return resize_first_axis(rows, height, top).unflatten(1, (-1, width)).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=256)           # photos have few different sizes
+def taps(length, side, scale, shift, cubic, device):
+    """The 4 (bicubic, a = -0.75) or 2 (bilinear) pixels that each new one is made of.
+
+    A row of `length` pixels, of which pixel x comes to shift + scale * x, to `side` new ones:
+    indices and weights (side, 4), 0 beyond the row's ends.
+    """
+    x = torch.arange(side, dtype=torch.float64, device=device)
+    place = (1024 * x / scale).round() - round(1024 * shift / scale)        # in 1/1024 pixel
+    place = ((place + 16) / 32).floor()[:, None] / 32                       # to 1/32, in pixels
+    offsets = torch.arange(-1, 3) if cubic else torch.arange(2)
+    index = place.floor().long() + offsets.to(device)
+    distance = (place - index).abs()
+    weights = 1 - distance
+    if cubic:
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1                          # up to 1
+        far = -0.75 * distance**3 + 3.75 * distance**2 - 6 * distance + 3           # 1 to 2
+        weights = torch.where(distance <= 1, near, far)
+    return index.clamp(0, length - 1), weights * ((index >= 0) & (index < length))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -580,18 +595,12 @@ def decode_mask(ref):
 
 
 def read_pair(ref):
-    """The photo of a ref (PIL, RGB) and its mask, uint8 (1, height, width), 0 and 255."""
+    """The photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255."""
     photo = read_photo(ref.image)
     if photo.size != (ref.width, ref.height):
         raise DataError(f"{ref.image}: {photo.width}x{photo.height} pixels, but instances.json "
                         f"says {ref.width}x{ref.height}")
-    return photo, torch.from_numpy(decode_mask(ref) * 255)[None]
-
-
-def to_tensor(image):
-    """uint8 tensor (C, H, W) of a PIL image."""
-    array = np.array(image)
-    return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
+    return photo, torch.from_numpy(decode_mask(ref) * 255)
 
 
 class TrainSet(Dataset):
@@ -622,9 +631,9 @@ class TrainSet(Dataset):
         else:
             raise DataError("every photo is broken")
         sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
-        return {"image": training_letterbox(to_tensor(photo), self.image_size),
+        return {"image": letterbox(photo, self.image_size),
                 "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": training_letterbox(mask, self.image_size), "ref": str(ref.id),
+                "mask": letterbox_mask(mask, self.image_size), "ref": str(ref.id),
                 "skipped": skipped}
 
 
@@ -649,7 +658,7 @@ class ExpressionSet(Dataset):
         try:
             if self.last[0] is not ref:
                 photo, mask = read_pair(ref)
-                self.last = ref, (to_tensor(letterbox(photo, self.image_size)), mask[0] > 0)
+                self.last = ref, (letterbox(photo, self.image_size), mask > 0)
         except DataError:
             if not self.skip_broken:
                 raise

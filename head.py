@@ -29,13 +29,17 @@ class Gate(nn.Module):
     """Multi-head cross-attention of a map to one token, which is a gate per channel.
 
     With a single key the softmax is exactly 1, so queries, keys and heads drop out, and every
-    pixel's attention is W_o (W_v s + b_v) + b_o. CRIS multiplies the map by it.
+    pixel's attention is W_o (W_v s + b_v) + b_o. CRIS multiplies the map by it. The layers start
+    as those of PyTorch's attention: W_v is a third of one matrix (3 width, width), Xavier.
     """
 
     def __init__(self, width):
         super().__init__()
         self.value = Linear(width, width)
         self.out = Linear(width, width)
+        nn.init.uniform_(self.value.weight, -(1.5 / width) ** 0.5, (1.5 / width) ** 0.5)
+        nn.init.zeros_(self.value.bias)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x, sentence):
         return x * self.out(self.value(sentence))[:, :, None, None]
@@ -53,6 +57,9 @@ class Neck(nn.Module):
         self.residual = residual
         self.sentence = Linear(sentence_width, width)
         self.maps = nn.ModuleList(conv_bn_relu(c, width) for c in channels)
+        # The authors' third one is a transposed 1x1 convolution, whose fan-in PyTorch takes from
+        # the other side. It is the same layer, with its weight transposed.
+        nn.init.kaiming_uniform_(self.maps[2][0].weight.transpose(0, 1), a=5 ** 0.5)
         self.gates = nn.ModuleList(Gate(width) for _ in channels)
         self.fuse = conv_bn_relu(len(channels) * width, width)
         self.coordinates = nn.Sequential(

@@ -44,7 +44,7 @@ class Config:
     vision: str = "dinov2-b"            # a name in VISION
     text: str = "clip-b"                # a name in TEXT
     train_towers: bool = False          # the towers learn, too, instead of staying frozen
-    train_positions: bool = False       # the position embeddings of CLIP's frozen towers learn
+    train_positions: bool = False       # CLIP's position embeddings learn, in frozen towers, too
     image_size: int = 448               # side of the letterboxed photo, pixels
     length: int = 17                    # tokens per expression, both ends included
     # DCRIS
@@ -81,7 +81,8 @@ class Config:
     batch_size: int = 32                # over all processes together
     lr: float = 1e-4
     epochs: int = 50
-    decay_epoch: int = 35               # from the end of this epoch on, the rate is a tenth
+    milestones: tuple[int, ...] = (35,)     # at the end of each of these epochs the rate is cut
+                                            # to a tenth
 
     @property
     def towers_learn(self):
@@ -91,14 +92,15 @@ class Config:
 # For drawn data: small, and quickly trained. There are no pretrained towers, so they learn, too.
 DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
          "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
-         "batch_size": 16, "lr": 1e-3, "epochs": 4, "decay_epoch": 3}
+         "batch_size": 16, "lr": 1e-3, "epochs": 4, "milestones": (3,)}
 DCRIS_B = Config()
 DCRIS_L = replace(
     DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
     batch_size=64, lr=2e-4)
-# The DCRIS authors' released program.
-DETRIS_B, DETRIS_L = (replace(config, text_convolutions=True, old_positions=True)
-                      for config in (DCRIS_B, DCRIS_L))
+# The DCRIS authors' released program, with its own recipe.
+DETRIS_B, DETRIS_L = (
+    replace(config, text_convolutions=True, old_positions=True, batch_size=32, lr=1e-4)
+    for config in (replace(DCRIS_B, epochs=65, milestones=(35, 55)), DCRIS_L))
 # The authors' programs train CLIP's positions besides what they count, and so do these.
 BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
                   features=(3, 7))
@@ -385,7 +387,7 @@ class ETRIS(nn.Module):
         self.visual_flows = flow_pairs(vision, config.visual_flows, config.flow_steps)
         self.bridges = nn.ModuleList(
             Bridge(visual_width, text_width, config.bridge_width, config.bridge_heads,
-                   first_stage=i == 0)
+                   first_stage=i == 0, last_stage=i == config.bridges - 1)
             for i in range(config.bridges))
         self.head = make_head(config, text, [visual_width, visual_width, vision.projected_width],
                               residual=False)
@@ -486,13 +488,15 @@ def configure(name, **overrides):
     unknown = overrides.keys() - {field.name for field in fields(Config)}
     if unknown:
         raise ConfigError(f"a configuration has no field {sorted(unknown)[0]!r}")
-    config = replace(PRESETS[name], **overrides)
+    config = replace(PRESETS[name], **{
+        field: tuple(value) if isinstance(value, list) else value
+        for field, value in overrides.items()})
     check(config)
     return config
 
 
 MOST = {"image_size": 4096, "length": 1000, "flow_steps": 100, "global_patch": 4096, "bridges": 100,
-        "head_layers": 100, "batch_size": 10**6, "lr": 1e3, "epochs": 10**6, "decay_epoch": 10**6}
+        "head_layers": 100, "batch_size": 10**6, "lr": 1e3, "epochs": 10**6}
 
 
 def check(config):
@@ -534,6 +538,8 @@ def check(config):
             raise ConfigError(f"{field} {layers}: the tower has {depth} blocks, 0 to {depth - 1}")
         if list(layers) != sorted(set(layers)):
             raise ConfigError(f"{field} {layers}: each block once, in order")
+    if list(config.milestones) != sorted({epoch for epoch in config.milestones if epoch > 0}):
+        raise ConfigError(f"milestones {config.milestones}: epochs from 1 on, each once, in order")
     if len(config.features) != 2:
         raise ConfigError(f"features {config.features}: the head takes two blocks and the last")
     if config.head_width % 4 or config.head_width % config.head_heads:
@@ -548,8 +554,8 @@ def build(name, vision_weights=None, text_weights=None, **overrides):
     """A model from a preset's name and changed fields of its configuration.
 
     Towers come from the files given and are random without them; `model.sources` says which. They
-    are frozen unless `train_towers`; `train_positions` frees their position embeddings alone.
-    Raises ConfigError, WeightsError, OSError.
+    are frozen unless `train_towers`; `train_positions` frees CLIP's position embeddings alone.
+    A list among the fields counts as a tuple. Raises ConfigError, WeightsError, OSError.
     """
     return assemble(configure(name, **overrides), vision_weights, text_weights)
 
@@ -580,15 +586,29 @@ def assemble(config, vision_weights=None, text_weights=None, init=None):
 
 
 def wire(config, vision, text):
-    """The model of a Config on two frozen towers, of which is freed what is to learn."""
+    """The model of a Config on two frozen towers, of which is freed what is to learn.
+
+    CLIP's vision positions are resized to the run's own grid before they learn, as in the authors'
+    programs.
+    """
     vision.old_positions = config.old_positions
     model = METHODS[config.method](config, vision, text)
-    for tower in (vision, text):
-        if config.towers_learn:
+    if config.towers_learn:
+        for tower in (vision, text):
             backbones.unfreeze(tower)
-        if config.train_positions and backbones.from_clip(tower):
-            tower.position.requires_grad_(True)
+    if config.train_positions:
+        if vision.shape.form == "clip":
+            vision.resize(config.image_size)
+        for position in clip_positions(model):
+            position.requires_grad_(True)
     return model
+
+
+def clip_positions(model):
+    """The position embeddings that the authors of ETRIS and BarLeRIa let learn: those of CLIP's
+    towers and of EVA-02-CLIP's text tower. (Its vision tower's have another name in the file.)"""
+    return [tower.position for tower in (model.vision, model.text)
+            if tower.shape.form not in ("dinov2", "eva")]
 
 
 def find_weights(config, vision_weights=None, text_weights=None):
@@ -883,32 +903,29 @@ def restore_released(path, state):
            if not name.startswith(("vision.", "text."))}
     rest = {name: tensor for name, tensor in state.items()
             if not name.startswith(prefixes) or ".adapter." in name}
-    backbones.fill(net, in_our_shapes(rest, own), path, RELEASED_NAMES, own)
+    backbones.fill(net, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
     return net.eval()
 
 
-def in_our_shapes(state, own):
-    """The released tensors with two things undone: attention to one key, transposed convolutions.
+def in_our_shapes(state, bridges):
+    """The released tensors in the shapes of our layers, under their names.
 
-    Of the neck's attentions only values and outputs have an effect (`head.Gate`). ETRIS's 1x1
-    convolutions are two-dimensional, and one in each stage is transposed; one of the neck's may be,
-    where its shape says so.
+    Of the neck's attentions only values and outputs have an effect (`head.Gate`). Some 1x1
+    convolutions are transposed ones, whose weights have inputs first: the neck's third, ETRIS's
+    way up in all stages but the last and its way down in the last. ETRIS's are two-dimensional.
     """
+    transposed = re.compile(rf"neck\.f5_proj\.0\.weight|bridger\.zoom_(out\.(?!{bridges - 1}\.)"
+                            rf"\d+|in\.{bridges - 1})\.0\.weight")
     out = {}
     for name, tensor in state.items():
+        if transposed.fullmatch(name) and tensor.ndim > 1:
+            tensor = tensor.transpose(0, 1)
         if re.match(r"neck\.fusion\d\.multihead_attn\.in_proj_(weight|bias)", name):
-            out[name.replace("in_proj_", "value.")] = (
-                tensor[len(tensor) // 3 * 2:] if tensor.ndim else tensor)
-        else:
-            out[name] = tensor
-    for name, tensor in own.items():
-        theirs = backbones.renamed(name, RELEASED_NAMES)
-        if theirs not in out or out[theirs].ndim != 4:
-            continue
-        stored = out[theirs].flatten(2) if tensor.ndim == 3 else out[theirs]
-        swapped = stored.shape[2:].numel() == 1 and stored.shape[:2] == tensor.shape[1::-1]
-        out[theirs] = stored.transpose(0, 1) if swapped and (
-            stored.shape != tensor.shape) else stored
+            name = name.replace("in_proj_", "value.")
+            tensor = tensor[len(tensor) // 3 * 2:] if tensor.ndim else tensor
+        if re.match(r"bridger\.zoom_", name) and tensor.ndim == 4:
+            tensor = tensor.flatten(2)
+        out[name] = tensor
     return out
 
 
@@ -921,7 +938,8 @@ def released_size(usual, vision):
 def shape_name(table, shape):
     """The name of a tower's shape in VISION or TEXT; a new one is entered there, for `check`."""
     for name, known in table.items():
-        if known == shape:
+        # ETRIS's files hold CLIP's positions on the grid of the photo.
+        if known == (replace(shape, grid=known.grid) if shape.form == "clip" else shape):
             return name
     name = f"released-{shape.width}x{shape.depth}"
     table[name] = shape
@@ -935,17 +953,15 @@ def shape_name(table, shape):
 def count(model):
     """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
 
-    Positions are the position embeddings of CLIP's towers where they learn. The authors of ETRIS
-    and BarLeRIa let them, without counting them, and DCRIS's figure for full tuning does not count
-    them, either.
+    Positions are `clip_positions` where they learn. The authors of ETRIS and BarLeRIa let them,
+    without counting them, and DCRIS's figure for full tuning does not count them, either.
     """
-    apart = {f"{kind}.position" for kind in ("vision", "text")
-             if backbones.from_clip(getattr(model, kind))}
+    apart = {id(position) for position in clip_positions(model)}
     sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
     for name, parameter in model.named_parameters():
         kind = ("head" if name.startswith("head.") else
                 "frozen" if not parameter.requires_grad else
-                "positions" if name in apart else "tuned")
+                "positions" if id(parameter) in apart else "tuned")
         sizes[kind] += parameter.numel()
     return sizes
 

@@ -644,13 +644,13 @@ def train(args, config, init, rank, world, device):
 
     for epoch in range(progress.epoch, config.epochs + 1):
         for group in trainer.optimizer.param_groups:
-            group["lr"] = config.lr * (0.1 if epoch > config.decay_epoch else 1)
+            group["lr"] = config.lr * 0.1 ** sum(epoch > end for end in config.milestones)
         trainer.epoch(loader, batches, save, args.save_every, f"epoch {epoch}/{config.epochs}")
         if progress.left_out == steps:
             raise model.ConfigError(f"no step of epoch {epoch} had a finite loss and gradient")
         begun = time.monotonic()
-        table = evaluate.overlaps(net, val_set, device, dtype, config.batch_size, args.workers,
-                                  rank, world, "validating")
+        table = evaluate.overlaps(net, val_set, device, None, config.batch_size, args.workers,
+                                  rank, world, "validating")        # in single precision
         found = evaluate.metrics(table)
         images = steps * config.batch_size
         row = {"epoch": epoch, "loss": progress.loss / (steps - progress.left_out),
@@ -671,7 +671,7 @@ def train(args, config, init, rank, world, device):
             if found["miou"] > progress.best:
                 model.save(out / "best.pt", net, epoch=epoch, miou=found["miou"], **kept)
             log.show(rows)
-            evaluate.save_picture(evaluate.panel(net, val_set, device, dtype), out / "val.png")
+            evaluate.save_picture(evaluate.panel(net, val_set, device), out / "val.png")
         trainer.progress = progress = Progress(
             epoch + 1, best=max(progress.best, found["miou"]), rows=rows)
         save()
@@ -909,10 +909,11 @@ def parse_arguments():
                         help="time forward pass, step and loader instead of training")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of the benchmark")
     parser.add_argument("--json", metavar="OUT.json", help="also write its figures here")
-    evaluate.add_shared_arguments(parser)
+    evaluate.add_shared_arguments(parser, precision="auto")
     group = parser.add_argument_group("fields of the configuration",
                                       "default: the preset's; model.Config says what each is. "
-                                      "A list of layers without a number switches adapters off")
+                                      "A list of layers without a number switches adapters off, "
+                                      "--milestones without one leaves the rate as it is")
     types_of = typing.get_type_hints(model.Config)
     for name in (f.name for f in fields(model.Config)):
         kind, flag = types_of[name], "--" + name.replace("_", "-")
@@ -954,8 +955,6 @@ def configuration(args, init):
     """
     overrides = {f.name: getattr(args, f.name) for f in fields(model.Config)
                  if getattr(args, f.name) is not None}
-    overrides = {name: tuple(value) if isinstance(value, list) else value
-                 for name, value in overrides.items()}
     if args.dataset in data.LENGTHS:
         overrides.setdefault("length", data.LENGTHS[args.dataset])
     if init is not None:
