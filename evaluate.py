@@ -378,7 +378,7 @@ def load_checkpoint(path, args, device):
     The facts: preset, tuned (how many parameters), dataset it was trained on, seconds of training.
     """
     checkpoint = model.read_checkpoint(path)
-    net = model.restore(path, checkpoint, args.vision_weights, args.text_weights).to(device)
+    net = model.load(path, args.vision_weights, args.text_weights, checkpoint).to(device)
     text = checkpoint["vocabulary"].get("text")
     vocabulary = (model.find_published("vocabulary", args.vocabulary)
                   if args.vocabulary or text is None else text.encode())

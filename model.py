@@ -27,7 +27,6 @@ from adapters import (SCALE, BottleneckAdapter, Bridge, CompacterAdapter, DenseC
                       NormalizingFlow, global_prior)
 from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
 from head import Head
-from loss import text_to_pixel_loss     # noqa: F401, the loss that every model here is trained with
 
 PRETRAINED = Path("pretrained")
 
@@ -481,14 +480,14 @@ METHODS = {"dcris": DCRIS, "barleria": BarLeRIa, "etris": ETRIS,
 # Building
 # ---------------------------------------------------------------------------------------------
 
-def configure(name, **overrides):
-    """The configuration of a preset with some fields changed. Raises ConfigError."""
-    if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+def configure(preset, **overrides):
+    """The configuration of a preset (or a Config) with some fields changed. Raises ConfigError."""
+    if not isinstance(preset, Config) and preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     unknown = overrides.keys() - {field.name for field in fields(Config)}
     if unknown:
         raise ConfigError(f"a configuration has no field {sorted(unknown)[0]!r}")
-    config = replace(PRESETS[name], **{
+    config = replace(preset if isinstance(preset, Config) else PRESETS[preset], **{
         field: tuple(value) if isinstance(value, list) else value
         for field, value in overrides.items()})
     check(config)
@@ -550,18 +549,15 @@ def check(config):
     method.check(config, vision, text)
 
 
-def build(name, vision_weights=None, text_weights=None, **overrides):
-    """A model from a preset's name and changed fields of its configuration.
+def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):
+    """A model from a preset's name, or a Config, and changed fields of its configuration.
 
     Towers come from the files given and are random without them; `model.sources` says which. They
     are frozen unless `train_towers`; `train_positions` frees CLIP's position embeddings alone.
-    A list among the fields counts as a tuple. Raises ConfigError, WeightsError, OSError.
+    A list among the fields counts as a tuple. `init`: (path, checkpoint) of a run whose towers to
+    start from. Raises ConfigError, WeightsError, OSError.
     """
-    return assemble(configure(name, **overrides), vision_weights, text_weights)
-
-
-def assemble(config, vision_weights=None, text_weights=None, init=None):
-    """`build`, of a Config. `init`: (path, checkpoint) of a run whose towers to start from."""
+    config = configure(preset, **overrides)
     towers, sources = {}, {}
     for kind, path, tower_class, shapes, read in (
             ("vision", vision_weights, backbones.ViT, VISION, backbones.load_vision),
@@ -740,19 +736,15 @@ def restore_config(path, values):
     return config
 
 
-def load(path, vision_weights=None, text_weights=None):
-    """A model in eval mode from a checkpoint.
+def load(path, vision_weights=None, text_weights=None, checkpoint=None):
+    """A model in eval mode from a checkpoint, which is read unless it is given.
 
     Tower files are those given, or looked for in `pretrained/`, and must be the ones it was trained
     with (SHA-256). Raises WeightsError or OSError.
     """
-    return restore(path, read_checkpoint(path), vision_weights, text_weights)
-
-
-def restore(path, checkpoint, vision_weights=None, text_weights=None):
-    """`load`, of a checkpoint that `read_checkpoint` has read from `path`."""
+    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     if "released" in checkpoint:
-        return restore_released(path, checkpoint["released"])
+        return load_released(path, checkpoint["released"])
     config = restore_config(path, checkpoint["config"])
     weights = []
     for kind, given in (("vision", vision_weights), ("text", text_weights)):
@@ -760,7 +752,7 @@ def restore(path, checkpoint, vision_weights=None, text_weights=None):
         if checkpoint["towers"][kind] and name not in PUBLISHED:
             raise WeightsError(f"{path}: the {kind} tower {name!r} comes from no file")
         weights.append(find_published(name, given) if checkpoint["towers"][kind] else None)
-    model = assemble(config, *weights)
+    model = build(config, *weights)
     for kind, source in checkpoint["towers"].items():
         if source and source["sha256"] not in (None, model.sources[kind]["sha256"]):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
@@ -779,7 +771,7 @@ def export(checkpoint_path, out):
     if os.path.exists(out) and os.path.samefile(checkpoint_path, out):
         raise OSError(f"{out}: would be written over what it is made of")
     checkpoint = read_checkpoint(checkpoint_path)
-    net = restore(checkpoint_path, checkpoint)
+    net = load(checkpoint_path, checkpoint=checkpoint)
     odd = [name for name in (net.config.vision, net.config.text) if name.startswith("released-")]
     if odd:
         raise WeightsError(f"{checkpoint_path}: without its tower {odd[0]}, which was published "
@@ -841,7 +833,7 @@ RELEASED_NAMES = [
 ]
 
 
-def restore_released(path, state):
+def load_released(path, state):
     """A model in eval mode from the tensors of a released DETRIS or ETRIS checkpoint.
 
     Every width, rank, layer and grid is read off the names and shapes. Not in the files, and taken

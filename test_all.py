@@ -1319,7 +1319,7 @@ class Methods(unittest.TestCase):
             images, tokens = self.batch(net, 4)
             for _ in range(3):
                 masks = (torch.rand(4, 1, 16, 16) > 0.5).float()
-                model.text_to_pixel_loss(net(images, tokens), masks).backward()
+                loss.text_to_pixel_loss(net(images, tokens), masks).backward()
                 for name, parameter in net.named_parameters():
                     self.assertEqual(parameter.grad is not None, parameter.requires_grad, name)
                 optimizer.step()
@@ -1414,7 +1414,7 @@ class Methods(unittest.TestCase):
             side = 32 if small else {448: 128, 416: 104, 420: 120}[config.image_size]
             self.assertEqual(logits.shape, (len(images), 1, side, side))
             masks = (torch.rand(len(images), 1, *images.shape[2:]) > 0.5).float()
-            value = model.text_to_pixel_loss(logits, masks)
+            value = loss.text_to_pixel_loss(logits, masks)
             value.backward()
             optimizer.step()
             self.assertTrue(math.isfinite(value.item()))
@@ -1651,7 +1651,7 @@ class Released(unittest.TestCase):
         with torch.device("meta"):
             net = model.build(name, **{"etris": {"bridge_width": 64}}.get(name, {}))
         state = {key: recorded_weight(key, shape) for key, shape in released_shapes(net).items()}
-        net = model.restore_released("recorded", state)
+        net = model.load_released("recorded", state)
         size, length = net.config.image_size, net.config.length
         generator = torch.Generator().manual_seed(7)
         images = torch.randn(2, 3, size, size, generator=generator)
@@ -2739,20 +2739,20 @@ class Runs(unittest.TestCase):
         """In double precision, where rounding cannot hide a mistake (Adam makes much of it)."""
         script = self.root / "double.py"
         script.write_text(textwrap.dedent("""
-            import json, os, data, evaluate, model, train
-            assemble, normalise, loss_of = model.assemble, data.normalise, model.text_to_pixel_loss
+            import json, os, data, evaluate, loss, model, train
+            build, normalise, loss_of = model.build, data.normalise, loss.text_to_pixel_loss
             losses = []
             def recorded(logits, masks):
-                loss = loss_of(logits, masks)
-                mean = loss.detach().clone()
+                value = loss_of(logits, masks)
+                mean = value.detach().clone()
                 if train.dist.is_initialized():
                     train.dist.all_reduce(mean)
                     mean /= train.dist.get_world_size()
                 losses.append(mean.item())
-                return loss
-            model.assemble = lambda *args: assemble(*args).double()
+                return value
+            model.build = lambda *args: build(*args).double()
             data.normalise = lambda images: normalise(images).double()
-            model.text_to_pixel_loss = recorded
+            loss.text_to_pixel_loss = recorded
             evaluate.run(train.main)
             if os.environ["RANK"] == "0":
                 print("losses", json.dumps(losses))
@@ -2840,8 +2840,8 @@ class Runs(unittest.TestCase):
 
     def test_a_diverged_run_saves_nothing(self):
         """And its folder can be used again: it holds no run."""
-        out, loss_of = self.root / "diverged", model.text_to_pixel_loss
-        with mock.patch.object(model, "text_to_pixel_loss",
+        out, loss_of = self.root / "diverged", loss.text_to_pixel_loss
+        with mock.patch.object(loss, "text_to_pixel_loss",
                                lambda logits, masks: loss_of(logits, masks) * math.nan):
             status, _, err = program(train, *self.small, "--out", out)
         self.assertEqual(status, 2)

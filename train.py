@@ -54,6 +54,7 @@ from tqdm import tqdm
 import backbones
 import data
 import evaluate
+import loss
 import model
 
 
@@ -261,7 +262,7 @@ class Trainer:
         """
         # BatchNorm's statistics change in the forward pass, before the step is known to be good.
         before = [s.clone() for s in self.statistics]
-        loss, skipped, refs = 0.0, 0, []
+        total, skipped, refs = 0.0, 0, []
         for piece in range(1, self.pieces + 1):
             batch = next(samples)
             images, tokens, masks = (batch[key].to(self.device, non_blocking=True)
@@ -273,10 +274,10 @@ class Trainer:
             with self.parallel.no_sync() if alone else contextlib.nullcontext():
                 with evaluate.autocast(self.device, self.dtype):
                     logits = self.parallel(data.normalise(images), tokens)
-                part = model.text_to_pixel_loss(logits, masks / 255) / self.pieces
+                part = loss.text_to_pixel_loss(logits, masks / 255) / self.pieces
                 self.scaler.scale(part).backward()
-            loss = loss + part.detach().double()
-        numbers = torch.stack([loss / self.world, *torch.tensor(
+            total = total + part.detach().double()
+        numbers = torch.stack([total / self.world, *torch.tensor(
             [skipped, bool(wish)], dtype=torch.float64).to(self.device, non_blocking=True)])
         if self.world > 1:
             dist.all_reduce(numbers)
@@ -594,7 +595,7 @@ def load_model(args, config, towers, init, run, path):
     """A fresh model and None, or the one to go on with and its checkpoint, of `path`."""
     torch.manual_seed(args.seed)
     if path is None:
-        return model.assemble(config, *towers, init), None
+        return model.build(config, *towers, init), None
     checkpoint = model.read_checkpoint(path)
     if not {"progress", "random", "optimizer", "scaler"} <= checkpoint.keys():
         raise model.WeightsError(f"{path}: not the last.pt of a run (progress, random, optimizer, "
@@ -608,7 +609,7 @@ def load_model(args, config, towers, init, run, path):
     if different:
         raise model.ConfigError(f"{path} is a checkpoint of another run: {'; '.join(different)}; "
                                 f"another --out starts afresh")
-    return model.restore(path, checkpoint, args.vision_weights, args.text_weights), checkpoint
+    return model.load(path, args.vision_weights, args.text_weights, checkpoint), checkpoint
 
 
 def train(args, config, init, rank, world, device):
@@ -736,7 +737,7 @@ def bench(args, config, rank, world, device):
                                 "each; take bf16 or fp32")
     pieces, micro = divide_batch(config.batch_size, args.micro_batch, world)
     torch.manual_seed(args.seed)
-    trainer = Trainer(model.assemble(config).to(device), config, args.seed, rank, world, device,
+    trainer = Trainer(model.build(config).to(device), config, args.seed, rank, world, device,
                       dtype, pieces)
     batch = random_batch(config, micro, device)
     images, tokens = data.normalise(batch["image"].to(device)), batch["tokens"].to(device)
