@@ -595,7 +595,8 @@ class Tuners(unittest.TestCase):
         torch.manual_seed(0)
 
     def test_bridge(self):
-        first, second = (shake(adapters.Bridge(10, 12, width=16, heads=8, first_stage=i == 0))
+        first, second = (shake(adapters.Bridge(10, 12, width=16, heads=8, first_stage=i == 0,
+                                               last_stage=i == 1))
                          for i in range(2))
         patches, words = torch.randn(2, 6, 10).double(), torch.randn(2, 5, 12).double()
         p, w, before = patches, words, None
