@@ -273,6 +273,9 @@ def warp(image, scale, left, top, width, height, cubic=True):
     authors' programs resize photos, masks and predictions; without a rotation, columns and rows can
     be resized one after the other. OpenCV rounds places to 1/32 pixel (5.0 does not any more).
     """
+    if width * image.shape[1] > height * len(image):        # the axis that leaves less comes first
+        return warp(image.transpose(0, 1), scale, top, left, height, width, cubic).transpose(1, 2)
+
     def resize_first_axis(image, side, shift):
         index, weights = taps(len(image), side, scale, shift, cubic, image.device)
         return F.embedding_bag(index, image.flatten(1), mode="sum",         # sums of weighted rows
@@ -290,18 +293,19 @@ def taps(length, side, scale, shift, cubic, device):
     A row of `length` pixels, of which pixel x comes to shift + scale * x, to `side` new ones:
     indices and weights (side, 4), 0 beyond the row's ends.
     """
-    x = torch.arange(side, dtype=torch.float64, device=device)
+    x = torch.arange(side, dtype=torch.float64)
     place = (1024 * x / scale).round() - round(1024 * shift / scale)        # in 1/1024 pixel
     place = ((place + 16) / 32).floor()[:, None] / 32                       # to 1/32, in pixels
     offsets = torch.arange(-1, 3) if cubic else torch.arange(2)
-    index = place.floor().long() + offsets.to(device)
+    index = place.floor().long() + offsets
     distance = (place - index).abs()
     weights = 1 - distance
     if cubic:
         near = 1.25 * distance**3 - 2.25 * distance**2 + 1                          # up to 1
         far = -0.75 * distance**3 + 3.75 * distance**2 - 6 * distance + 3           # 1 to 2
         weights = torch.where(distance <= 1, near, far)
-    return index.clamp(0, length - 1), weights * ((index >= 0) & (index < length))
+    weights = (weights * ((index >= 0) & (index < length))).float()
+    return index.clamp(0, length - 1).to(device), weights.to(device)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -837,8 +837,9 @@ def load_released(path, state):
     """A model in eval mode from the tensors of a released DETRIS or ETRIS checkpoint.
 
     Every width, rank, layer and grid is read off the names and shapes. Not in the files, and taken
-    as in the authors' configurations: 8 heads, heads of 64 in the towers, the photo's size (448 and
-    416 pixels), 17 tokens, the blocks whose maps the head takes.
+    as in the authors' configurations: 8 heads, heads of 64 in the towers, 17 tokens, the blocks
+    whose maps the head takes, the size of DETRIS's photos, 448 pixels. (In ETRIS's files the grid of
+    positions is that of the photo.)
     """
     backbones.check_plain(path, state)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -878,12 +879,12 @@ def load_released(path, state):
             visual_adapter_layers=visual, text_adapter_layers=words, old_positions=True,
             text_convolutions=any(".adapter.dense_branch1." in name for name in state
                                   if name.startswith(resblock)),
-            features=(third, 2 * third), image_size=released_size(448, vision), **ranks, **common)
+            features=(third, 2 * third), image_size=448, **ranks, **common)
     else:
         config = replace(
             ETRIS_B, bridges=len(numbers(r"bridger\.linear1\.(\d+)\.")),
             bridge_width=size("bridger.linear1.0.weight"), features=(third - 1, 2 * third - 1),
-            image_size=released_size(416, vision), **common)
+            image_size=vision.shape.grid * vision.shape.patch, **common)
     try:
         check(config)
     except ConfigError as error:
@@ -919,12 +920,6 @@ def in_our_shapes(state, bridges):
             tensor = tensor.flatten(2)
         out[name] = tensor
     return out
-
-
-def released_size(usual, vision):
-    """The authors' size of photos where the patch divides it, else that of the positions."""
-    patch = vision.shape.patch
-    return usual if usual % patch == 0 else vision.shape.grid * patch
 
 
 def shape_name(table, shape):

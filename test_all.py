@@ -1892,10 +1892,10 @@ class Letterbox(unittest.TestCase):
         self.assertLess(float(data.normalise(square[None])[:, :, :19].abs().max()), 0.01)
 
     def test_extreme_photos_take_no_more_room_than_others(self):
-        for size in ((900_000, 4), (4480, 10), (10, 4480), (1, 1)):
+        for size in ((900_000, 4), (4, 900_000), (4480, 10), (10, 4480), (1, 1)):
             square = data.letterbox(Image.new("RGB", size, "white"), 448)
             self.assertEqual(square.shape, (3, 448, 448))
-        self.assertEqual(data.unletterbox(torch.rand(448, 448), 5000, 3).shape, (3, 5000))
+        self.assertEqual(data.unletterbox(torch.rand(448, 448), 500_000, 3).shape, (3, 500_000))
 
     def test_opencv(self):
         """What OpenCV 4.8.1's warpAffine made of these, as the authors' programs call it."""
@@ -1929,7 +1929,7 @@ class Letterbox(unittest.TestCase):
                 total = (np.array([weight(v - j, cubic) for j in range(height)])
                          @ image[..., 0].numpy()
                          @ np.array([weight(u - i, cubic) for i in range(width)]))
-                self.assertAlmostEqual(float(square[row, column]), total, places=9)
+                self.assertAlmostEqual(float(square[row, column]), total, places=6)
 
 
 def weight(x, cubic, a=-0.75):
