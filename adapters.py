@@ -22,15 +22,15 @@ SCALE = 0.2         # of an adapter's output, as in the authors' program
 
 
 # ---------------------------------------------------------------------------------------------
-# Initialisation, one function a rule. The papers are silent; the rules are what the authors'
-# programs leave in a model that they have built.
+# Initialisation: one function for each rule. The papers do not describe it; the rules were found by
+# building the authors' models and measuring their weights.
 # ---------------------------------------------------------------------------------------------
 
 def truncated_normal_linears(module):
     """Truncated normal, std 0.02, zero bias: every linear layer of a vision transformer.
 
     DINOv2's and timm's initialisation. In the DETRIS program it also runs over the DenseCross
-    adapters, which are inside the blocks by then: an adapter's first output is next to nothing.
+    adapters, which are inside the blocks by then, so an adapter's output is close to zero at first.
     """
     for layer in layers_of(module, nn.Linear):
         nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -45,14 +45,14 @@ def normal_linears(module):
 
 
 def kaiming_convolutions(module):
-    """He et al.'s normal (ReLU) by inputs, zero bias: every convolution of a DenseCross adapter."""
+    """Kaiming normal for ReLU (by fan-in), zero bias: convolutions of the DenseCross adapter."""
     for layer in layers_of(module, (nn.Conv1d, nn.Conv2d)):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         zero_bias(layer)
 
 
 def zero_up(down, up):
-    """He et al.'s normal (ReLU) down, zero up, zero biases: the adapter starts as the identity.
+    """Down: Kaiming normal. Up and all biases: zero. So the adapter starts as the identity.
 
     For the plain adapters of DCRIS Eq. 3 and Houlsby. No program of the authors' has them, so this
     choice is ours.
@@ -374,7 +374,7 @@ class GatedCrossAttention(nn.Module):
 def pointwise_bn_relu(width, out_width, std):
     """A 1x1 convolution of patches (B, width, N), without bias; batch normalisation, ReLU.
 
-    It starts normal with standard deviation `std`.
+    The weights start from a normal distribution with standard deviation `std`.
     """
     convolution = nn.Conv1d(width, out_width, 1, bias=False)
     nn.init.normal_(convolution.weight, std=std)
@@ -388,9 +388,9 @@ class Bridge(nn.Module):
     first), look at each other, go back up and are added.
 
     ETRIS transposes one convolution a stage: on the way down in the last stage, on the way up in
-    the others. With a 1x1 kernel that is the same layer with its weight transposed. Its fan-out
-    (He et al.) is then counted on the other side: `width` in all stages but the last, there
-    `vision_width`.
+    the others. With a 1x1 kernel that is the same layer with its weight transposed, but PyTorch
+    swaps its fan-in and fan-out. So both convolutions of a stage start (Kaiming) with one fan-out:
+    `vision_width` in the last stage, `width` in the others.
     """
 
     def __init__(self, vision_width, text_width, width, heads, first_stage, last_stage):

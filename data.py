@@ -248,7 +248,7 @@ def letterbox(photo, size):
 
 
 def letterbox_mask(mask, size):
-    """A mask, uint8 (H, W), 0 and 255, where `letterbox` puts its photo: bilinear, 0 around it."""
+    """A mask, uint8 (H, W), 0 and 255, on a square at its photo's place: bilinear, 0 around it."""
     height, width = mask.shape
     place = letterbox_place(width, height, size)
     return to_bytes(warp(mask.t()[..., None].float(), *place, size, size, cubic=False))  # (1, S, S)
@@ -271,7 +271,7 @@ def warp(image, scale, left, top, width, height, cubic=True):
     Image (W, H, C), float, to (C, height, width); bicubic or bilinear, whatever the scale (no
     antialiasing), 0 outside of the image. This is OpenCV 4's cv2.warpAffine, with which the
     authors' programs resize photos, masks and predictions; without a rotation, columns and rows can
-    be resized one after the other. OpenCV rounds places to 1/32 pixel (5.0 does not any more).
+    be resized one after the other. OpenCV rounds places to 1/32 pixel (5.0 no longer does).
     """
     if width * image.shape[1] > height * len(image):        # the axis that leaves less comes first
         return warp(image.transpose(0, 1), scale, top, left, height, width, cubic).transpose(1, 2)
@@ -288,7 +288,7 @@ def warp(image, scale, left, top, width, height, cubic=True):
 
 @functools.lru_cache(maxsize=256)           # photos have few different sizes
 def taps(length, side, scale, shift, cubic, device):
-    """The 4 (bicubic, a = -0.75) or 2 (bilinear) pixels that each new one is made of.
+    """For each new pixel: the 4 (bicubic, a = -0.75) or 2 (bilinear) old ones it is computed from.
 
     A row of `length` pixels, of which pixel x comes to shift + scale * x, to `side` new ones:
     indices and weights (side, 4), 0 beyond the row's ends.

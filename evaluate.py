@@ -23,7 +23,7 @@ From logits to figures, step by step as in the released programs of CRIS, ETRIS 
    and read the annotation from a PNG that was made of the same polygons beforehand.
 
 Photos come to the square by the same function in the other direction (`data.letterbox`), and the
-figures are of single precision, on GPUs too, unless --precision says otherwise.
+figures are computed in single precision, on GPUs too, unless --precision says otherwise.
 """
 
 import argparse
@@ -475,7 +475,7 @@ def report(results, about, json_path):
 
 
 def add_shared_arguments(parser, precision):
-    """The arguments that train.py takes as well; `precision` is the default of that one."""
+    """The arguments that train.py takes as well; `precision`: the default of --precision."""
     parser.add_argument("--data", default="data", metavar="DIR", help="the data folder")
     parser.add_argument("--vision-weights", metavar="FILE",
                         help="the vision tower's file (default: its published name in pretrained/)")

@@ -30,7 +30,8 @@ class Gate(nn.Module):
 
     With a single key the softmax is exactly 1, so queries, keys and heads drop out, and every
     pixel's attention is W_o (W_v s + b_v) + b_o. CRIS multiplies the map by it. The layers start
-    as those of PyTorch's attention: W_v is a third of one matrix (3 width, width), Xavier.
+    as those of PyTorch's attention, which keeps W_q, W_k and W_v as one matrix (3 width, width)
+    and gives that Xavier's bound, sqrt(6 / (4 width)).
     """
 
     def __init__(self, width):
@@ -57,8 +58,8 @@ class Neck(nn.Module):
         self.residual = residual
         self.sentence = Linear(sentence_width, width)
         self.maps = nn.ModuleList(conv_bn_relu(c, width) for c in channels)
-        # The authors' third one is a transposed 1x1 convolution, whose fan-in PyTorch takes from
-        # the other side. It is the same layer, with its weight transposed.
+        # The authors' third one is a transposed 1x1 convolution: the same layer with its weight
+        # transposed, but PyTorch computes its fan-in from the number of output channels.
         nn.init.kaiming_uniform_(self.maps[2][0].weight.transpose(0, 1), a=5 ** 0.5)
         self.gates = nn.ModuleList(Gate(width) for _ in channels)
         self.fuse = conv_bn_relu(len(channels) * width, width)

@@ -43,7 +43,7 @@ class Config:
     vision: str = "dinov2-b"            # a name in VISION
     text: str = "clip-b"                # a name in TEXT
     train_towers: bool = False          # the towers learn, too, instead of staying frozen
-    train_positions: bool = False       # CLIP's position embeddings learn, in frozen towers, too
+    train_positions: bool = False       # CLIP's position embeddings learn, even in frozen towers
     image_size: int = 448               # side of the letterboxed photo, pixels
     length: int = 17                    # tokens per expression, both ends included
     # DCRIS
@@ -80,8 +80,7 @@ class Config:
     batch_size: int = 32                # over all processes together
     lr: float = 1e-4
     epochs: int = 50
-    milestones: tuple[int, ...] = (35,)     # at the end of each of these epochs the rate is cut
-                                            # to a tenth
+    milestones: tuple[int, ...] = (35,)     # after each of these epochs the rate is a tenth
 
     @property
     def towers_learn(self):
@@ -553,7 +552,7 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
     """A model from a preset's name, or a Config, and changed fields of its configuration.
 
     Towers come from the files given and are random without them; `model.sources` says which. They
-    are frozen unless `train_towers`; `train_positions` frees CLIP's position embeddings alone.
+    are frozen unless `train_towers`; with `train_positions` CLIP's position embeddings learn.
     A list among the fields counts as a tuple. `init`: (path, checkpoint) of a run whose towers to
     start from. Raises ConfigError, WeightsError, OSError.
     """
@@ -602,7 +601,7 @@ def wire(config, vision, text):
 
 def clip_positions(model):
     """The position embeddings that the authors of ETRIS and BarLeRIa let learn: those of CLIP's
-    towers and of EVA-02-CLIP's text tower. (Its vision tower's have another name in the file.)"""
+    towers and of EVA-02-CLIP's text tower (all that is named `positional_embedding` there)."""
     return [tower.position for tower in (model.vision, model.text)
             if tower.shape.form not in ("dinov2", "eva")]
 
@@ -838,8 +837,8 @@ def load_released(path, state):
 
     Every width, rank, layer and grid is read off the names and shapes. Not in the files, and taken
     as in the authors' configurations: 8 heads, heads of 64 in the towers, 17 tokens, the blocks
-    whose maps the head takes, the size of DETRIS's photos, 448 pixels. (In ETRIS's files the grid of
-    positions is that of the photo.)
+    whose maps the head takes, the size of DETRIS's photos, 448 pixels. (In ETRIS's files the grid
+    of positions is that of the photo.)
     """
     backbones.check_plain(path, state)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -901,10 +900,10 @@ def load_released(path, state):
 
 
 def in_our_shapes(state, bridges):
-    """The released tensors in the shapes of our layers, under their names.
+    """The released tensors in the shapes of our layers, under the authors' names.
 
     Of the neck's attentions only values and outputs have an effect (`head.Gate`). Some 1x1
-    convolutions are transposed ones, whose weights have inputs first: the neck's third, ETRIS's
+    convolutions are transposed ones, with weights (in, out, 1, 1): the neck's third, ETRIS's
     way up in all stages but the last and its way down in the last. ETRIS's are two-dimensional.
     """
     transposed = re.compile(rf"neck\.f5_proj\.0\.weight|bridger\.zoom_(out\.(?!{bridges - 1}\.)"

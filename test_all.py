@@ -1933,7 +1933,7 @@ class Letterbox(unittest.TestCase):
 
 
 def weight(x, cubic, a=-0.75):
-    """The weight of a pixel at distance x in (bi)cubic interpolation with OpenCV's `a`, or linear."""
+    """The weight of a pixel at distance x: cubic interpolation with OpenCV's `a`, or linear."""
     x = abs(x)
     if not cubic:
         return max(0.0, 1 - x)

@@ -788,7 +788,8 @@ def bench(args, config, rank, world, device):
              "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "product_side": side, "product_gflops": speeds["product"], "linear_gflops": speeds["linear"],
+             "product_side": side, "product_gflops": speeds["product"],
+             "linear_gflops": speeds["linear"],
              "peak_memory_gb": memory}
     for name, samples in (("forward", micro), ("step", micro * pieces)):
         found[name] = {"seconds_per_image": seconds[name] / (samples * world),
@@ -862,8 +863,8 @@ def show_speed(found, json_path):
         print(evaluate.table_row(name, f"{row['seconds_per_image']:.4f}", row["images_per_s"],
                                  f"{row['gflop_per_image']:.1f}", f"{100 * row['share']:.0f}%"))
     side = found["product_side"]
-    print(f"\nproduct of two {side}x{side} matrices: {found['product_gflops']:.0f} GFLOP/s a process "
-          f"by PyTorch's matmul, {found['linear_gflops']:.0f} by backbones.linear"
+    print(f"\nproduct of two {side}x{side} matrices: {found['product_gflops']:.0f} GFLOP/s a "
+          f"process by PyTorch's matmul, {found['linear_gflops']:.0f} by backbones.linear"
           f"\npeak memory: {found['peak_memory_gb']:.2f} GB a process"
           f"\nloader: {found['loader_images_per_s']:.0f} JPEG photos of 640x480/s a process")
     if json_path:
@@ -918,7 +919,7 @@ def parse_arguments():
     group = parser.add_argument_group("fields of the configuration",
                                       "default: the preset's; model.Config says what each is. "
                                       "A list of layers without a number switches adapters off, "
-                                      "--milestones without one leaves the rate as it is")
+                                      "--milestones without one keeps the rate constant")
     types_of = typing.get_type_hints(model.Config)
     for name in (f.name for f in fields(model.Config)):
         kind, flag = types_of[name], "--" + name.replace("_", "-")
