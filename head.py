@@ -14,6 +14,27 @@ import torch.nn.functional as F
 from backbones import Linear, MultiheadAttention, linear
 
 
+class Head(nn.Module):
+    """Neck, decoder, projector: three maps, words and sentence to logits (B, 1, 4h, 4w).
+
+    `shortcut`, a map (B, width, h, w), is added between neck and decoder (BarLeRIa's F_out^M).
+    """
+
+    def __init__(self, channels, text_width, sentence_width, width, heads, layers, dropout,
+                 residual):
+        super().__init__()
+        self.neck = Neck(channels, sentence_width, width, residual)
+        self.decoder = Decoder(width, text_width, heads, layers, dropout)
+        self.projector = Projector(width, sentence_width)
+
+    def forward(self, features, words, sentence, padding, shortcut=None):
+        x = self.neck(features, sentence)
+        if shortcut is not None:
+            x = x + shortcut
+        x = self.decoder(x, words, padding)
+        return self.projector(x, sentence)
+
+
 def conv_bn_relu(channels, out_channels, kernel=1):
     """A convolution that keeps the size. Unlike the adapters': without bias, and eps 1e-5."""
     return with_bn_relu(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False))
@@ -146,37 +167,6 @@ class Decoder(nn.Module):
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
 
 
-class UpsampledConvolution(nn.Conv2d):
-    """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w).
-
-    Both are linear, so the convolution's nine taps may act first, as one linear layer of the small
-    map's pixels: a quarter of the convolution's multiplications, a third with the upsampling. What
-    each tap gives is then upsampled, moved to its place and added up, by one matrix for the rows
-    and one for the columns. It is a Conv2d for its weight alone.
-    """
-
-    def __init__(self, channels, out_channels):
-        super().__init__(channels, out_channels, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        rows, columns = (upsample_and_shift(side, x.device).to(x.dtype) for side in x.shape[-2:])
-        # Channels last, as they lie in memory: most of the moves of axes below copy nothing.
-        kernel = self.weight.permute(2, 3, 0, 1).flatten(0, 2)              # (9 C', C)
-        taps = linear(x.permute(0, 2, 3, 1), kernel).unflatten(3, (3, -1))  # (B, h, w, 3, 3 C')
-        taps = taps.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2)         # (B, 3 h, w * 3 C')
-        tall = rows.permute(2, 0, 1).flatten(1) @ taps                      # (B, 2h, w * 3 C')
-        tall = tall.unflatten(2, (-1, self.out_channels))                   # (B, 2h, w * 3, C')
-        wide = columns.permute(2, 1, 0).flatten(1) @ tall                   # (B, 2h, 2w, C')
-        return wide.permute(0, 3, 1, 2)
-
-
-def upsample_and_shift(side, device):
-    """(3, side, 2 * side): what entry i of a row gives to entry j of the upsampled row, for the
-    kernel's taps 0, 1 and 2, which read it at j - 1, j and j + 1; zeros beyond the ends."""
-    up = F.interpolate(torch.eye(side, device=device)[None], scale_factor=2, mode="linear")[0]
-    return torch.stack([F.pad(up, (1 - k, k - 1)) for k in range(3)])
-
-
 class Projector(nn.Module):
     """The up-sampling projector (DCRIS Eq. 5, BarLeRIa Eq. 12).
 
@@ -210,22 +200,32 @@ class Projector(nn.Module):
         return F.fold(taps, x.shape[-2:], 3, padding=1) + bias[..., None, None]
 
 
-class Head(nn.Module):
-    """Neck, decoder, projector: three maps, words and sentence to logits (B, 1, 4h, 4w).
+class UpsampledConvolution(nn.Conv2d):
+    """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w).
 
-    `shortcut`, a map (B, width, h, w), is added between neck and decoder (BarLeRIa's F_out^M).
+    Both are linear, so the convolution's nine taps may act first, as one linear layer of the small
+    map's pixels: a quarter of the convolution's multiplications, a third with the upsampling. What
+    each tap gives is then upsampled, moved to its place and added up, by one matrix for the rows
+    and one for the columns. It is a Conv2d for its weight alone.
     """
 
-    def __init__(self, channels, text_width, sentence_width, width, heads, layers, dropout,
-                 residual):
-        super().__init__()
-        self.neck = Neck(channels, sentence_width, width, residual)
-        self.decoder = Decoder(width, text_width, heads, layers, dropout)
-        self.projector = Projector(width, sentence_width)
+    def __init__(self, channels, out_channels):
+        super().__init__(channels, out_channels, 3, padding=1, bias=False)
 
-    def forward(self, features, words, sentence, padding, shortcut=None):
-        x = self.neck(features, sentence)
-        if shortcut is not None:
-            x = x + shortcut
-        x = self.decoder(x, words, padding)
-        return self.projector(x, sentence)
+    def forward(self, x):
+        rows, columns = (upsample_and_shift(side, x.device).to(x.dtype) for side in x.shape[-2:])
+        # Channels last, as they lie in memory: most of the moves of axes below copy nothing.
+        kernel = self.weight.permute(2, 3, 0, 1).flatten(0, 2)              # (9 C', C)
+        taps = linear(x.permute(0, 2, 3, 1), kernel).unflatten(3, (3, -1))  # (B, h, w, 3, 3 C')
+        taps = taps.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2)         # (B, 3 h, w * 3 C')
+        tall = rows.permute(2, 0, 1).flatten(1) @ taps                      # (B, 2h, w * 3 C')
+        tall = tall.unflatten(2, (-1, self.out_channels))                   # (B, 2h, w * 3, C')
+        wide = columns.permute(2, 1, 0).flatten(1) @ tall                   # (B, 2h, 2w, C')
+        return wide.permute(0, 3, 1, 2)
+
+
+def upsample_and_shift(side, device):
+    """(3, side, 2 * side): what entry i of a row gives to entry j of the upsampled row, for the
+    kernel's taps 0, 1 and 2, which read it at j - 1, j and j + 1; zeros beyond the ends."""
+    up = F.interpolate(torch.eye(side, device=device)[None], scale_factor=2, mode="linear")[0]
+    return torch.stack([F.pad(up, (1 - k, k - 1)) for k in range(3)])
