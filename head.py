@@ -5,8 +5,6 @@ simplification: all three maps have one size, and the projector's kernel comes f
 Maps are (B, C, h, w), words (B, L, D), the sentence (B, E).
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,24 +33,18 @@ class Head(nn.Module):
         return self.projector(x, sentence)
 
 
-def conv_bn_relu(channels, out_channels, kernel=1):
-    """A convolution that keeps the size. Unlike the adapters': without bias, and eps 1e-5."""
-    return with_bn_relu(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False))
-
-
-def with_bn_relu(convolution):
-    """The convolution, batch normalisation and a ReLU."""
-    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels),
-                         nn.ReLU(inplace=True))
+def conv_bn_relu(channels, out_channels, kernel=1, layer=nn.Conv2d):
+    """A convolution that keeps the size. Unlike the adapters': without bias, eps 1e-5."""
+    return nn.Sequential(layer(channels, out_channels, kernel, padding=kernel // 2, bias=False),
+                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class Gate(nn.Module):
-    """Multi-head cross-attention of a map to one token, which is a gate per channel.
+    """Multi-head cross-attention of a map to one token, the sentence: a gate for each channel.
 
-    With a single key the softmax is exactly 1, so queries, keys and heads drop out, and every
-    pixel's attention is W_o (W_v s + b_v) + b_o. CRIS multiplies the map by it. The layers start
-    as those of PyTorch's attention, which keeps W_q, W_k and W_v as one matrix (3 width, width)
-    and gives that Xavier's bound, sqrt(6 / (4 width)).
+    With one key the softmax is 1. So queries, keys and heads have no effect, and the attention of
+    every pixel is W_o (W_v s + b_v) + b_o. CRIS multiplies the map by it. The layers start as those
+    of PyTorch's attention: W_q, W_k, W_v are one matrix, of Xavier's bound sqrt(6 / (4 width)).
     """
 
     def __init__(self, width):
@@ -70,8 +62,8 @@ class Gate(nn.Module):
 class Neck(nn.Module):
     """The cross-modal neck (DCRIS Eq. 4, BarLeRIa Eq. 11).
 
-    Three maps (B, C_i, h, w) and the sentence (B, E) to one map (B, width, h, w). `residual` adds
-    the fused map F_f back at the end (DCRIS as released; not in BarLeRIa and ETRIS).
+    Three maps (B, C_i, h, w) and the sentence (B, E) to one map (B, width, h, w). With `residual`
+    the fused map F_f is added at the end (DCRIS's authors do so; BarLeRIa and ETRIS do not).
     """
 
     def __init__(self, channels, sentence_width, width, residual):
@@ -79,8 +71,8 @@ class Neck(nn.Module):
         self.residual = residual
         self.sentence = Linear(sentence_width, width)
         self.maps = nn.ModuleList(conv_bn_relu(c, width) for c in channels)
-        # The authors' third one is a transposed 1x1 convolution: the same layer with its weight
-        # transposed, but PyTorch computes its fan-in from the number of output channels.
+        # The authors write the third one as a transposed 1x1 convolution. It is the same layer with
+        # its weight transposed, but PyTorch takes its fan-in from the output channels.
         nn.init.kaiming_uniform_(self.maps[2][0].weight.transpose(0, 1), a=5 ** 0.5)
         self.gates = nn.ModuleList(Gate(width) for _ in channels)
         self.fuse = conv_bn_relu(len(channels) * width, width)
@@ -101,25 +93,24 @@ class Neck(nn.Module):
 
 
 def sine_positions(length, width, device=None):
-    """Sine and cosine positions (length, width), interleaved, base 10000."""
-    angles = torch.arange(length, device=device)[:, None] * torch.exp(
-        torch.arange(0, width, 2, device=device) * (-math.log(10000) / width))  # (length, width/2)
+    """Sines and cosines of the positions in turn, (length, width), base 10000."""
+    rates = 10000 ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.arange(length, device=device)[:, None] * rates           # (length, width/2)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def sine_positions_2d(rows, columns, width, device=None):
-    """Positions of a grid, row by row, (rows*columns, width): first half by x, second by y."""
+    """The same for a grid, row by row, (rows*columns, width): one half for x, one for y."""
     x = sine_positions(columns, width // 2, device)[None].expand(rows, -1, -1)
     y = sine_positions(rows, width // 2, device)[:, None].expand(-1, columns, -1)
     return torch.cat([x, y], dim=-1).flatten(0, 1)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm self-attention, attention to the words, feed-forward.
+    """Pre-norm self-attention, attention to the words, feed-forward: x (B, h*w, width) to the same.
 
-    Each attention's output passes a second LayerNorm before dropout and residual. Maps x
-    (B, h*w, width) to the same shape; words (B, L, text_width); their positions are (h*w, width)
-    and (L, text_width); padding (B, L) is True where there is no word.
+    Each attention's output passes a second LayerNorm before dropout and residual. Words are
+    (B, L, text_width), `places` and `word_places` both positions; padding is True without a word.
     """
 
     def __init__(self, width, text_width, heads, dropout):
@@ -170,17 +161,20 @@ class Decoder(nn.Module):
 class Projector(nn.Module):
     """The up-sampling projector (DCRIS Eq. 5, BarLeRIa Eq. 12).
 
-    Map (B, width, h, w) and sentence (B, E) to logits (B, 1, 4h, 4w), in single precision or
-    double: the sentence becomes the weights and bias of one 3x3 convolution over its own sample's
-    map, which is four times as wide and high by then.
+        F_c = conv1x1(ConvBnReLU(up(ConvBnReLU(up(x)))))    up: bilinear by 2; ConvBnReLU: 3x3
+        F_l = linear(sentence)                              a 3x3 kernel and a bias
+        logits = F_l * F_c                                  a convolution, a sample with its own
+
+    Map x (B, width, h, w) and sentence (B, E) to logits (B, 1, 4h, 4w), in single precision or
+    double. The 1x1 convolution is folded into the kernel.
     """
 
     def __init__(self, width, sentence_width):
         super().__init__()
         self.channels = width // 2
         self.image = nn.Sequential(
-            with_bn_relu(UpsampledConvolution(width, width)),
-            with_bn_relu(UpsampledConvolution(width, self.channels)),
+            conv_bn_relu(width, width, 3, UpsampledConvolution),
+            conv_bn_relu(width, self.channels, 3, UpsampledConvolution),
             nn.Conv2d(self.channels, self.channels, 1))
         self.sentence = Linear(sentence_width, self.channels * 9 + 1)
 
@@ -189,9 +183,8 @@ class Projector(nn.Module):
         for layer in larger:
             x = layer(x)                                                    # at last (B, C, 4h, 4w)
         kernel, bias = self.sentence(sentence).split([self.channels * 9, 1], dim=1)     # F_l
-        # `last` would make F_c = W x + b of every pixel. It goes into the kernel instead:
-        # F_l . (W x + b) = (F_l W) . x + F_l . b. All nine taps are one matrix product. `fold` adds
-        # each to the pixel that it is for: it scatters where a convolution gathers, hence `flip`.
+        # F_c = W x + b for every pixel, so F_l . F_c = (F_l W) . x + F_l . b. All nine taps are one
+        # product. `fold` scatters them to the pixels that a convolution would gather for: `flip`.
         kernel = kernel.unflatten(1, (self.channels, 9)).flip(2)            # (B, C, 9)
         constant = torch.einsum("bck,c->bk", kernel, last.bias)[..., None]  # (B, 9, 1)
         kernel = torch.einsum("bck,cd->bkd", kernel, last.weight[..., 0, 0])    # (B, 9, C)
@@ -201,20 +194,16 @@ class Projector(nn.Module):
 
 
 class UpsampledConvolution(nn.Conv2d):
-    """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w).
+    """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w). No bias.
 
-    Both are linear, so the convolution's nine taps may act first, as one linear layer of the small
-    map's pixels: a quarter of the convolution's multiplications, a third with the upsampling. What
-    each tap gives is then upsampled, moved to its place and added up, by one matrix for the rows
-    and one for the columns. It is a Conv2d for its weight alone.
+    Both are linear, so their order can change: first the nine taps, as one linear layer of the
+    small map's pixels, then a matrix for the rows and one for the columns, which upsample each
+    tap's result, move it to its place and add up. That is a third of the multiplications.
     """
-
-    def __init__(self, channels, out_channels):
-        super().__init__(channels, out_channels, 3, padding=1, bias=False)
 
     def forward(self, x):
         rows, columns = (upsample_and_shift(side, x.device).to(x.dtype) for side in x.shape[-2:])
-        # Channels last, as they lie in memory: most of the moves of axes below copy nothing.
+        # Channels come last in memory, so most of the moves of axes below copy nothing.
         kernel = self.weight.permute(2, 3, 0, 1).flatten(0, 2)              # (9 C', C)
         taps = linear(x.permute(0, 2, 3, 1), kernel).unflatten(3, (3, -1))  # (B, h, w, 3, 3 C')
         taps = taps.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2)         # (B, 3 h, w * 3 C')
@@ -225,7 +214,7 @@ class UpsampledConvolution(nn.Conv2d):
 
 
 def upsample_and_shift(side, device):
-    """(3, side, 2 * side): what entry i of a row gives to entry j of the upsampled row, for the
-    kernel's taps 0, 1 and 2, which read it at j - 1, j and j + 1; zeros beyond the ends."""
+    """(3, side, 2 * side): for each tap k of the kernel, what entry i of a row adds to entry j of
+    the upsampled row, which tap k reads at j + k - 1. Zeros beyond the ends."""
     up = F.interpolate(torch.eye(side, device=device)[None], scale_factor=2, mode="linear")[0]
     return torch.stack([F.pad(up, (1 - k, k - 1)) for k in range(3)])

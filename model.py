@@ -23,8 +23,8 @@ import torch.nn as nn
 
 import backbones
 from adapters import (SCALE, BottleneckAdapter, Bridge, CompacterAdapter, DenseCrossAdapter,
-                      DenseTextAdapter, GlobalShortcutTuning, Intertwiner, KroneckerFactors, LoRA,
-                      NormalizingFlow, global_prior)
+                      DenseTextAdapter, GlobalShortcutTuning, Intertwiner, LoRA, NormalizingFlow,
+                      global_prior)
 from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
 from head import Head
 
@@ -438,7 +438,7 @@ class UniModal(nn.Module):
         if config.method == "houlsby":
             behind_mlps(vision, text, lambda width: BottleneckAdapter(width, rank, scale=1))
         elif config.method == "compacter":
-            self.factors = KroneckerFactors()
+            self.factors = nn.Parameter(torch.randn(4, 4, 4) / 2)
             behind_mlps(vision, text, lambda width: CompacterAdapter(width, rank, self.factors))
         elif config.method == "lora":
             for block in vision.blocks:
@@ -825,8 +825,8 @@ RELEASED_NAMES = [
     (r"^bridges\.(\d+)\.patches_up\.", r"bridger.zoom_out.\1."),
     (r"^bridges\.(\d+)\.words_down\.", r"bridger.linear1.\1."),
     (r"^bridges\.(\d+)\.words_up\.", r"bridger.linear2.\1."),
-    (r"^bridges\.(\d+)\.patches_read\.attention\.", r"bridger.fusion_v.\1.multihead_attn."),
-    (r"^bridges\.(\d+)\.words_read\.attention\.", r"bridger.fusion_t.\1.multihead_attn."),
+    (r"^bridges\.(\d+)\.patches_read\.", r"bridger.fusion_v.\1.multihead_attn."),
+    (r"^bridges\.(\d+)\.words_read\.", r"bridger.fusion_t.\1.multihead_attn."),
     (r"^bridges\.(\d+)\.(patches|words)_norm\.", lambda match:
         f"bridger.ln_{'v' if match[2] == 'patches' else 't'}.{int(match[1]) - 1}."),
 ]
