@@ -444,7 +444,8 @@ def evaluate_each(args, rank, world, device, dtype, results, about):
         for place, split in enumerate(splits):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             # Released checkpoints do not say how many tokens they read: as usual for the data.
-            length = data.LENGTHS.get(name, 17) if facts["released"] else net.config.length
+            usual = data.LENGTHS.get(name, 17) if facts["released"] else net.config.length
+            length = args.length or usual
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size, length,
                                          args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
@@ -504,6 +505,9 @@ def parse_arguments():
     parser.add_argument("--image", metavar="PHOTO", help="one photo instead of a data set")
     parser.add_argument("--text", metavar="WORDS", help="what is meant in the photo")
     parser.add_argument("--output", metavar="OUT.png", help="the picture to make of it")
+    parser.add_argument("--length", type=int, metavar="N",
+                        help="tokens per expression (default: as in training; for checkpoints of "
+                             "the authors' programs 17, on G-Ref 22)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     add_shared_arguments(parser, precision="fp32")
     args = parser.parse_args()
@@ -514,6 +518,8 @@ def parse_arguments():
         parser.error("--json, --panel, --split and --dataset have no meaning for one photo")
     if args.panel and len(args.ckpt) > 1:
         parser.error("--panel shows a single --ckpt")
+    if args.length is not None and not 3 <= args.length <= 77:
+        parser.error("--length is from 3 to 77")
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size is at least 1, --workers at least 0")
     outputs = [Path(path) for path in (args.panel, args.output) if path is not None]
