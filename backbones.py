@@ -95,38 +95,39 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def attend(q, k, v, heads, causal=False, angles=None, padding=None, dropout=0.0):
+def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0):
     """softmax(q k^T / sqrt(D/heads)) v for each head: q (B, N, D), k and v (B, M, D) to (B, N, D).
 
-    `angles`: of `ViT.angles`. `padding` (B, M) is True where no one may look; not with `causal`.
+    `rotary`: of `ViT.rotary_tables`. `padding` (B, M) is True where no one may look; not with
+    `causal`.
     `dropout`: the share of the softmax's weights that become zero.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if angles is not None:
-        q, k = turn(q, *angles), turn(k, *angles)
-    seen = None if padding is None else ~padding[:, None, None]
+    if rotary is not None:
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+    visible = None if padding is None else ~padding[:, None, None]
     # On CPUs PyTorch falls back to slow code for dropout, and its fused bfloat16 is half as fast as
     # plain products. (Causal texts are short, and stay with PyTorch.)
     if q.device.type == "cpu" and not causal and (dropout or q.dtype == torch.bfloat16):
-        x = UnfusedAttention.apply(q, k, v, seen, dropout)
+        x = UnfusedAttention.apply(q, k, v, visible, dropout)
     else:
-        x = F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)  # (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v, visible, dropout, causal)   # (B, heads, N, C)
     return x.transpose(1, 2).flatten(2)
 
 
 class UnfusedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
 
-    q (B, heads, N, C), k and v (B, heads, M, C), seen (B, 1, 1, M) or None. Its own backward: it
+    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its own backward: it
     keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
     times: plain, masked, and the mask in their type.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, seen, dropout):
+    def forward(ctx, q, k, v, visible, dropout):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)            # (B, heads, N, M)
-        if seen is not None:
-            scores.masked_fill_(~seen, -torch.inf)
+        if visible is not None:
+            scores.masked_fill_(~visible, -torch.inf)
         weights, dropped, ctx.rescale = scores.softmax(-1), None, 1.0
         if dropout:
             # Random numbers cost most, so each one of 64 bits is cut into four, one a weight. That
@@ -154,11 +155,11 @@ class UnfusedAttention(torch.autograd.Function):
         return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
 
 
-def turn(x, cos, sin):
+def rotate(x, cos, sin):
     """Rotary positions: turns pairs of channels of the image's tokens, which are the last ones.
 
-    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.angles`'s. Whatever stands
-    before the image has no place in it and stays as it is.
+    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.rotary_tables`'s. Whatever
+    stands before the image has no place in it and stays as it is.
     """
     others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
     first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
@@ -206,7 +207,7 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
-class Form(NamedTuple):
+class Family(NamedTuple):
     """What sets one family of towers apart from another, besides its numbers."""
     activation: Callable
     eps: float = 1e-5               # of the LayerNorms
@@ -218,12 +219,12 @@ class Form(NamedTuple):
     antialias: bool = False         # when the grid of positions is resized
 
 
-FORMS = {
-    "dinov2": Form(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
-    "clip": Form(quick_gelu, norm_before=True),
-    "eva": Form(F.silu, eps=1e-6, eva=True),
-    "clip text": Form(quick_gelu, causal=True),
-    "eva text": Form(F.gelu, causal=True),
+FAMILIES = {
+    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
+    "clip": Family(quick_gelu, norm_before=True),
+    "eva": Family(F.silu, eps=1e-6, eva=True),
+    "clip text": Family(quick_gelu, causal=True),
+    "eva text": Family(F.gelu, causal=True),
 }
 
 
@@ -236,8 +237,8 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x, causal=False, angles=None):
-        return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, angles))
+    def forward(self, x, causal=False, rotary=None):
+        return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, rotary))
 
 
 class InnerNormAttention(nn.Module):
@@ -252,8 +253,8 @@ class InnerNormAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps)
         self.out = Linear(width, width)
 
-    def forward(self, x, causal=False, angles=None):
-        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, angles)
+    def forward(self, x, causal=False, rotary=None):
+        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
         return self.out(self.norm(x))
 
 
@@ -298,20 +299,20 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block with three places for a tuning method (see `Attached`)."""
 
-    def __init__(self, width, heads, form):
+    def __init__(self, width, heads, family):
         super().__init__()
-        self.causal = form.causal
-        self.norm1 = nn.LayerNorm(width, form.eps)
-        self.attention = (InnerNormAttention(width, heads, form.eps) if form.eva else
+        self.causal = family.causal
+        self.norm1 = nn.LayerNorm(width, family.eps)
+        self.attention = (InnerNormAttention(width, heads, family.eps) if family.eva else
                           Attention(width, heads))
-        self.scale1 = LayerScale(width) if form.layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, form.eps)
-        self.mlp = (GatedMLP(width, form.activation, form.eps) if form.eva else
-                    MLP(width, form.activation))
-        self.scale2 = LayerScale(width) if form.layer_scale else nn.Identity()
+        self.scale1 = LayerScale(width) if family.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, family.eps)
+        self.mlp = (GatedMLP(width, family.activation, family.eps) if family.eva else
+                    MLP(width, family.activation))
+        self.scale2 = LayerScale(width) if family.layer_scale else nn.Identity()
 
-    def forward(self, x, attached=NOTHING, angles=None):
-        attention = self.attention(self.norm1(x), self.causal, angles)
+    def forward(self, x, attached=NOTHING, rotary=None):
+        attention = self.attention(self.norm1(x), self.causal, rotary)
         x = attached.attention_shortcut(x) + self.scale1(attention)
         normed = self.norm2(x)
         mlp = self.mlp(normed)
@@ -334,7 +335,7 @@ class VisionShape:
     grid: int               # side of the grid of learned positions
     registers: int = 0
     embed: int = 0          # width of the space shared with the text, where there is one
-    form: str = "dinov2"    # a name in FORMS
+    family: str = "dinov2"  # a name in FAMILIES
 
 
 @dataclass(frozen=True)
@@ -346,28 +347,28 @@ class TextShape:
     embed: int              # width of the projected sentence
     vocabulary: int
     positions: int          # longest text, in tokens
-    form: str = "clip text"
+    family: str = "clip text"
 
 
 VISION = {
     "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
     "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
-    "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, form="clip"),
-    "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, form="clip"),
-    "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, form="eva"),
+    "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="clip"),
+    "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, family="clip"),
+    "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="eva"),
     "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
-    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, form="clip"),
+    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, family="clip"),
 }
 TEXT = {
     "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
     "clip-l": TextShape(768, 12, 12, embed=768, vocabulary=49408, positions=77),
-    "eva-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77, form="eva text"),
+    "eva-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77, family="eva text"),
     "small": TextShape(96, 2, 3, embed=96, vocabulary=1024, positions=32),
 }
 
 
 class ViT(nn.Module):
-    """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its form.
+    """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its family.
 
     Tokens are [class, registers, patches row by row], (B, 1 + registers + H/P * W/P, D). The
     learned grid of positions is resized to the image's own grid, bicubically; DINOv2's antialiased,
@@ -376,25 +377,25 @@ class ViT(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        self.shape, form = shape, FORMS[shape.form]
+        self.shape, family = shape, FAMILIES[shape.family]
         self.prefix = 1 + shape.registers       # tokens that stand before the patches
         self.frozen = False
-        self.old_positions = False              # resize them as DINOv2's first release did
+        self.legacy_position_resize = False     # resize them as DINOv2's first release did
         width = shape.width
         self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch,
-                               bias=not form.norm_before)
+                               bias=not family.norm_before)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.registers = (nn.Parameter(torch.zeros(1, shape.registers, width))
                           if shape.registers else None)
         self.position = nn.Parameter(torch.zeros(1, 1 + shape.grid ** 2, width))
-        if form.mask_token:                     # without a use here; kept so that files load whole
+        if family.mask_token:           # without a use here; kept so that files load whole
             self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.norm_before = nn.LayerNorm(width, form.eps) if form.norm_before else nn.Identity()
+        self.norm_before = nn.LayerNorm(width, family.eps) if family.norm_before else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(width, shape.heads, form) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(width, form.eps)
+            Block(width, shape.heads, family) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width, family.eps)
         if shape.embed:
-            self.projection = Linear(width, shape.embed, bias=form.eva)      # CLIP's has none
+            self.projection = Linear(width, shape.embed, bias=family.eva)      # CLIP's has none
         for parameter in (self.class_token, self.registers, self.position):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -417,23 +418,23 @@ class ViT(nn.Module):
             return self.position
         class_position, patches = self.position[:, :1], self.position[:, 1:]
         patches = patches.float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
-        if self.old_positions:      # by the ratio of a grid a tenth of a patch larger
+        if self.legacy_position_resize:      # by the ratio of a grid a tenth of a patch larger
             patches = F.interpolate(patches, mode="bicubic",
                                     scale_factor=[(side + 0.1) / stored for side in grid])
         else:
             patches = F.interpolate(patches, grid, mode="bicubic",
-                                    antialias=FORMS[self.shape.form].antialias)
+                                    antialias=FAMILIES[self.shape.family].antialias)
         patches = patches.flatten(2).transpose(1, 2).to(class_position.dtype)
         return torch.cat([class_position, patches], dim=1)
 
-    def angles(self, grid):
+    def rotary_tables(self, grid):
         """By how much EVA-02 turns queries and keys at every place of a grid; None for others.
 
         Cosines and sines (rows * columns, D/heads), each angle twice in a row. The first half of
         the channels turns with the row, the second with the column, pair i of each at the rate
         10000^(-4i / (D/heads)). At any grid, places span the 16x16 of its pretraining.
         """
-        if not FORMS[self.shape.form].eva:
+        if not FAMILIES[self.shape.family].eva:
             return None
         half = self.shape.width // self.shape.heads // 2
         rates = 10000 ** -(torch.arange(0, half, 2, device=self.position.device) / half)
@@ -479,9 +480,9 @@ class ViT(nn.Module):
 
     def forward(self, images):
         """Images (B, 3, H, W), normalised, to the final normed tokens (B, N, D)."""
-        x, angles = self.embed(images), self.angles(self.grid(images))
+        x, rotary = self.embed(images), self.rotary_tables(self.grid(images))
         for block in self.blocks:
-            x = block(x, angles=angles)
+            x = block(x, rotary=rotary)
         return self.final(x)
 
 
@@ -500,8 +501,8 @@ class TextTransformer(nn.Module):
         self.embedding = nn.Embedding(shape.vocabulary, width)
         self.position = nn.Parameter(torch.zeros(shape.positions, width))
         self.blocks = nn.ModuleList(
-            Block(width, shape.heads, FORMS[shape.form]) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(width, FORMS[shape.form].eps)
+            Block(width, shape.heads, FAMILIES[shape.family]) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width, FAMILIES[shape.family].eps)
         self.projection = nn.Parameter(torch.zeros(width, shape.embed))
         # The temperature of CLIP's pretraining loss; kept so that files load whole.
         self.logit_scale = nn.Parameter(torch.zeros(()))
@@ -686,7 +687,7 @@ def transposed(tensor):
 
 class Layout(NamedTuple):
     """How a family's published files call its tensors."""
-    form: str               # a name in FORMS
+    family: str             # a name in FAMILIES
     mark: str               # a tensor that only this layout has
     belongs: str            # regular expression of the names of this tower's tensors
     names: list
@@ -739,7 +740,7 @@ def vision_tower(path, state):
     """`load_vision`, of tensors that were read from `path`."""
     state, layout, size = in_layout(path, "vision", VISION_LAYOUTS, state)
     tables = {name: state.pop(name) for name in list(state)
-              if ".freqs_" in name and layout.form == "eva"}
+              if ".freqs_" in name and layout.family == "eva"}
     width, _, _, patch = size("patch.weight", 4)
     positions = size("position", 3)[1]
     grid = math.isqrt(positions - 1)
@@ -748,12 +749,12 @@ def vision_tower(path, state):
                            f"{positions} positions are not one and a square grid")
     shape = VisionShape(
         patch, width, depth=count_blocks(path, state, layout), heads=heads_of(path, width),
-        grid=grid, registers=size("registers", 3)[1] if layout.form == "dinov2" else 0,
-        embed=0 if layout.form == "dinov2" else size("projection.weight", 2)[0],
-        form=layout.form)
-    tower = filled(ViT, shape, state, path, layout.names)
+        grid=grid, registers=size("registers", 3)[1] if layout.family == "dinov2" else 0,
+        embed=0 if layout.family == "dinov2" else size("projection.weight", 2)[0],
+        family=layout.family)
+    tower = tower_from(ViT, shape, state, path, layout.names)
     for name, table in tables.items():              # EVA-02's own cosines and sines
-        ours = tower.angles((grid, grid))[name.endswith("sin")]
+        ours = tower.rotary_tables((grid, grid))[name.endswith("sin")]
         if table.shape != ours.shape or not (table - ours).abs().max() < 0.01:   # of halves
             raise WeightsError(f"{path}: tensor {name} holds other angles than those of EVA-02 "
                                f"as CLIP")
@@ -777,8 +778,8 @@ def text_tower(path, state):
     shape = TextShape(
         width, depth=count_blocks(path, state, layout), heads=heads_of(path, width),
         embed=size("projection", 2)[1], vocabulary=vocabulary, positions=size("position", 2)[0],
-        form=layout.form)
-    return filled(TextTransformer, shape, state, path, layout.names)
+        family=layout.family)
+    return tower_from(TextTransformer, shape, state, path, layout.names)
 
 
 def in_layout(path, kind, layouts, state):
@@ -789,7 +790,7 @@ def in_layout(path, kind, layouts, state):
     """
     layout = next((layout for layout in layouts if layout.mark in state), None)
     if layout is None:
-        marks = ", ".join(f"{layout.mark} ({layout.form})" for layout in layouts)
+        marks = ", ".join(f"{layout.mark} ({layout.family})" for layout in layouts)
         raise WeightsError(f"{path}: no {kind} tower of a family known here, each of which has one "
                            f"of {marks}; found {some_of(state)}")
     state = {name: tensor for name, tensor in state.items() if re.match(layout.belongs, name)}
@@ -954,15 +955,15 @@ def some_of(state):
     return ", ".join(list(state)[:4]) + (", ..." if len(state) > 4 else "")
 
 
-def filled(tower_class, shape, state, path, names):
+def tower_from(tower_class, shape, state, path, names):
     """A frozen tower of this shape that holds exactly these tensors, in single precision."""
     with torch.device("meta"):
         tower = tower_class(shape)
-    fill(tower, state, path, names)
+    load_tensors(tower, state, path, names)
     return freeze(tower)
 
 
-def fill(module, state, path, names=(), expected=None):
+def load_tensors(module, state, path, names=(), expected=None):
     """Puts the tensors of `state` in place of all of `module`'s, or of those in `expected`.
 
     `names` translates the module's own names into those of the file. Raises WeightsError that

@@ -52,7 +52,7 @@ class Config:
     text_adapter_layers: tuple[int, ...] = (1, 3, 5, 7, 9, 11)
     text_adapter_rank: int = 64
     text_convolutions: bool = False     # DETRIS: convolutions in the text adapters, too
-    old_positions: bool = False         # DETRIS: DINOv2's positions resized as at its first release
+    legacy_position_resize: bool = False    # DETRIS: DINOv2's positions as at its first release
     # BarLeRIa
     visual_flows: bool = True           # normalizing flows on the shortcuts of the vision tower
     text_flows: bool = True             # and of the text tower
@@ -97,7 +97,7 @@ DCRIS_L = replace(
     batch_size=64, lr=2e-4)
 # The DCRIS authors' released program, with its own recipe.
 DETRIS_B, DETRIS_L = (
-    replace(config, text_convolutions=True, old_positions=True, batch_size=32, lr=1e-4)
+    replace(config, text_convolutions=True, legacy_position_resize=True, batch_size=32, lr=1e-4)
     for config in (replace(DCRIS_B, epochs=65, milestones=(35, 55)), DCRIS_L))
 # The authors' programs train CLIP's positions besides what they count, and so do these.
 BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
@@ -182,7 +182,7 @@ class DCRIS(nn.Module):
 
     # Fields of Config that play a part here; other methods may lack them.
     own_fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
-                  "text_adapter_rank", "text_convolutions", "old_positions")
+                  "text_adapter_rank", "text_convolutions", "legacy_position_resize")
     projects = False                        # whether CLIP's projection of the photo is used
 
     @staticmethod
@@ -243,10 +243,10 @@ def feature_maps(vision, images, wanted, attached):
     `attached`: number of a block -> what a tuning method attaches to it.
     """
     grid = vision.grid(images)
-    x, angles = vision.embed(images), vision.angles(grid)
+    x, rotary = vision.embed(images), vision.rotary_tables(grid)
     maps = []
     for i, block in enumerate(vision.blocks):
-        x = block(x, attached.get(i, backbones.NOTHING), angles)
+        x = block(x, attached.get(i, backbones.NOTHING), rotary)
         if i in wanted:
             maps.append(vision.as_map(x, grid))
     return [*maps, vision.as_map(vision.final(x), grid)]
@@ -324,18 +324,18 @@ class BarLeRIa(nn.Module):
         the same words, and the text block the class token from before the first of them.
         """
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        angles = self.vision.angles(grid)
+        rotary = self.vision.rotary_tables(grid)
         ratio = len(self.vision.blocks) // len(self.text.blocks)
         after_block = []
         for i, text_block in enumerate(self.text.blocks):
-            word_guests, class_guest = x[:, :0], words[:, :0]       # no guests on either side
+            visiting_words, visiting_class = x[:, :0], words[:, :0]     # no visitors
             if self.intertwiner is not None:
-                word_guests, class_guest = self.intertwiner(words, x[:, :1])
+                visiting_words, visiting_class = self.intertwiner(words, x[:, :1])
             for j in range(ratio * i, ratio * (i + 1)):
-                x = with_guests(self.vision.blocks[j], x, word_guests, self.vision.prefix,
-                                self.visual_flows[j], angles)
+                x = with_visitors(self.vision.blocks[j], x, visiting_words, self.vision.prefix,
+                                  self.visual_flows[j], rotary)
                 after_block.append(x)
-            words = with_guests(text_block, words, class_guest, 0, self.text_flows[i])
+            words = with_visitors(text_block, words, visiting_class, 0, self.text_flows[i])
         return after_block, *self.text.final(words, tokens)
 
 
@@ -346,16 +346,16 @@ def flow_pairs(tower, wanted, steps):
         for _ in tower.blocks)
 
 
-def with_guests(block, x, guests, index, flows, angles=None):
-    """One block over x (B, N, D) and guests (B, G, D) in front of x[:, index], who then leave.
+def with_visitors(block, x, visitors, index, flows, rotary=None):
+    """Runs a block with extra tokens (B, G, D) inserted at `index` of x, then removes them.
 
     `flows`: none, or one each for the block's shortcuts, in the order of `Attached`.
     In the vision tower words stand between class token and image (padding, too); in the text tower
     the class token stands first, so that under the causal mask every word sees it.
     """
-    x = torch.cat([x[:, :index], guests, x[:, index:]], dim=1)
-    x = block(x, Attached(*flows), angles)
-    return torch.cat([x[:, :index], x[:, index + guests.shape[1]:]], dim=1)
+    x = torch.cat([x[:, :index], visitors, x[:, index:]], dim=1)
+    x = block(x, Attached(*flows), rotary)
+    return torch.cat([x[:, :index], x[:, index + visitors.shape[1]:]], dim=1)
 
 
 class ETRIS(nn.Module):
@@ -394,12 +394,12 @@ class ETRIS(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, prefix = self.vision.grid(images), self.vision.prefix
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        angles, entered, after_block = self.vision.angles(grid), None, []
+        rotary, entered, after_block = self.vision.rotary_tables(grid), None, []
         visual_step, text_step = (len(tower.blocks) // len(self.bridges)
                                   for tower in (self.vision, self.text))
         for i, bridge in enumerate(self.bridges):
             for j in range(visual_step * i, visual_step * (i + 1)):
-                x = self.vision.blocks[j](x, Attached(*self.visual_flows[j]), angles)
+                x = self.vision.blocks[j](x, Attached(*self.visual_flows[j]), rotary)
                 after_block.append(x)
             for block in self.text.blocks[text_step * i:text_step * (i + 1)]:
                 words = block(words)
@@ -516,7 +516,7 @@ def check(config):
                               f"method take one of its presets")
     if vision.embed and not method.projects and config.towers_learn:
         raise ConfigError(f"method {config.method} would leave the projection of {config.vision} "
-                          f"without use, so it cannot learn; take a tower of DINOv2's form")
+                          f"without use, so it cannot learn; take a tower of DINOv2's family")
     for field in fields(Config):
         value, most = getattr(config, field.name), MOST.get(field.name, 8192)
         if type(field.default) in (int, float) and field.name not in ("dropout", "global_blocks") \
@@ -572,8 +572,9 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
                 raise WeightsError(f"{path} holds {tower.shape}, but {kind} = "
                                    f"{getattr(config, kind)} means {expected}")
         if init is not None:
-            backbones.fill(tower, {name: tensor for name, tensor in init[1]["tensors"].items()
-                                   if name.startswith(f"{kind}.")}, init[0], [("^", f"{kind}.")])
+            held = {name: tensor for name, tensor in init[1]["tensors"].items()
+                    if name.startswith(f"{kind}.")}
+            backbones.load_tensors(tower, held, init[0], [("^", f"{kind}.")])
         towers[kind] = freeze(tower)
     model = wire(config, **towers)
     model.sources = sources
@@ -586,13 +587,13 @@ def wire(config, vision, text):
     CLIP's vision positions are resized to the run's own grid before they learn, as in the authors'
     programs.
     """
-    vision.old_positions = config.old_positions
+    vision.legacy_position_resize = config.legacy_position_resize
     model = METHODS[config.method](config, vision, text)
     if config.towers_learn:
         for tower in (vision, text):
             backbones.unfreeze(tower)
     if config.train_positions:
-        if vision.shape.form == "clip":
+        if vision.shape.family == "clip":
             vision.resize(config.image_size)
         for position in clip_positions(model):
             position.requires_grad_(True)
@@ -603,7 +604,7 @@ def clip_positions(model):
     """The position embeddings that the authors of ETRIS and BarLeRIa let learn: those of CLIP's
     towers and of EVA-02-CLIP's text tower (all that is named `positional_embedding` there)."""
     return [tower.position for tower in (model.vision, model.text)
-            if tower.shape.form not in ("dinov2", "eva")]
+            if tower.shape.family not in ("dinov2", "eva")]
 
 
 def find_weights(config, vision_weights=None, text_weights=None):
@@ -688,7 +689,7 @@ def read_checkpoint(path):
     """{config, towers, tensors, run, vocabulary, ...} as `save` or `export` wrote it, or {released,
     run, vocabulary} with the named tensors of the authors' programs.
 
-    Raises WeightsError for anything else, OSError.
+    `config` is a Config. Raises WeightsError for anything else, OSError.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -722,17 +723,12 @@ def read_checkpoint(path):
                     for fact in ("preset", "dataset"))):
         raise WeightsError(f"{path}: the names of its tensors, its vocabulary, preset, data set or "
                            f"seconds are of a wrong type")
-    return checkpoint
-
-
-def restore_config(path, values):
-    """The Config that a checkpoint holds."""
     try:
-        config = Config(**values)
-        check(config)
+        checkpoint["config"] = Config(**checkpoint["config"])
+        check(checkpoint["config"])
     except (TypeError, ConfigError) as error:
         raise WeightsError(f"{path}: its configuration cannot be built: {error}") from None
-    return config
+    return checkpoint
 
 
 def load(path, vision_weights=None, text_weights=None, checkpoint=None):
@@ -744,7 +740,7 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
     checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     if "released" in checkpoint:
         return load_released(path, checkpoint["released"])
-    config = restore_config(path, checkpoint["config"])
+    config = checkpoint["config"]
     weights = []
     for kind, given in (("vision", vision_weights), ("text", text_weights)):
         name = getattr(config, kind)
@@ -757,7 +753,7 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
                                f"{str(source['sha256'])[:16]}..., but the file at hand has "
                                f"{model.sources[kind]['sha256'][:16]}...")
-    backbones.fill(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
+    backbones.load_tensors(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
     return model.eval()
 
 
@@ -875,7 +871,7 @@ def load_released(path, state):
         if words:
             ranks["text_adapter_rank"] = size(f"{resblock}.{words[0]}.adapter.D_fc1.weight")
         config = Config(
-            visual_adapter_layers=visual, text_adapter_layers=words, old_positions=True,
+            visual_adapter_layers=visual, text_adapter_layers=words, legacy_position_resize=True,
             text_convolutions=any(".adapter.dense_branch1." in name for name in state
                                   if name.startswith(resblock)),
             features=(third, 2 * third), image_size=448, **ranks, **common)
@@ -895,7 +891,7 @@ def load_released(path, state):
            if not name.startswith(("vision.", "text."))}
     rest = {name: tensor for name, tensor in state.items()
             if not name.startswith(prefixes) or ".adapter." in name}
-    backbones.fill(net, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
+    backbones.load_tensors(net, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
     return net.eval()
 
 
@@ -925,7 +921,7 @@ def shape_name(table, shape):
     """The name of a tower's shape in VISION or TEXT; a new one is entered there, for `check`."""
     for name, known in table.items():
         # ETRIS's files hold CLIP's positions on the grid of the photo.
-        if known == (replace(shape, grid=known.grid) if shape.form == "clip" else shape):
+        if known == (replace(shape, grid=known.grid) if shape.family == "clip" else shape):
             return name
     name = f"released-{shape.width}x{shape.depth}"
     table[name] = shape

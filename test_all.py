@@ -387,7 +387,7 @@ def tiny_barleria(depth=2, text_depth=2, **overrides):
     """A BarLeRIa of the real form, small enough to be written out."""
     config = replace(model.PRESETS["shapes-barleria"], image_size=24, features=(0, 1),
                      train_towers=False, **overrides)
-    vision = backbones.ViT(backbones.VisionShape(4, 16, depth, 2, grid=3, embed=8, form="clip"))
+    vision = backbones.ViT(backbones.VisionShape(4, 16, depth, 2, grid=3, embed=8, family="clip"))
     text = backbones.TextTransformer(backbones.TextShape(12, text_depth, 3, 8, 40, 9))
     return shake(model.BarLeRIa(config, backbones.freeze(vision), backbones.freeze(text)))
 
@@ -535,11 +535,11 @@ class BarleriaEquations(unittest.TestCase):
         x, guests = torch.randn(2, 37, 16).double(), torch.randn(2, 6, 16).double()
         order = torch.cat([torch.tensor([0]), 1 + torch.randperm(36)])
         block, flows = net.vision.blocks[0], net.visual_flows[0]
-        there = model.with_guests(block, x, guests, 1, flows)
+        there = model.with_visitors(block, x, guests, 1, flows)
         self.assertEqual(there.shape, x.shape)
-        self.assertLess(float((model.with_guests(block, x[:, order], guests, 1, flows)
+        self.assertLess(float((model.with_visitors(block, x[:, order], guests, 1, flows)
                                - there[:, order]).abs().max()), 1e-10)
-        self.assertGreater(float((model.with_guests(block, x, guests.flip(2), 1, flows)
+        self.assertGreater(float((model.with_visitors(block, x, guests.flip(2), 1, flows)
                                   - there).abs().min(-1).values.max()), 1e-6)
         for tokens in net.local_branch(self.images, self.tokens, (6, 6))[0]:
             self.assertEqual(tokens.shape, (2, 37, 16))
@@ -548,12 +548,12 @@ class BarleriaEquations(unittest.TestCase):
         net = tiny_barleria()
         block, flows = net.text.blocks[0], net.text_flows[0]
         words, host = torch.randn(1, 6, 12).double(), torch.randn(1, 1, 12).double()
-        there = model.with_guests(block, words, host, 0, flows)
+        there = model.with_visitors(block, words, host, 0, flows)
         later = words.clone()
         later[:, 3] = torch.randn(12)
-        changed = (model.with_guests(block, later, host, 0, flows) - there).abs().amax(-1)[0]
+        changed = (model.with_visitors(block, later, host, 0, flows) - there).abs().amax(-1)[0]
         self.assertEqual((changed > 0).tolist(), [False] * 3 + [True] * 3)
-        seen = (model.with_guests(block, words, host + torch.randn(12), 0, flows) - there).abs()
+        seen = (model.with_visitors(block, words, host + torch.randn(12), 0, flows) - there).abs()
         self.assertTrue((seen.amax(-1) > 1e-6).all())
 
     def test_what_is_detached_and_what_is_not(self):
@@ -898,7 +898,7 @@ class Towers(unittest.TestCase):
         path = self.saved(state)
         tower = backbones.load_vision(path)
         self.assertEqual(tower.shape, backbones.VisionShape(
-            16, 128, 1, 2, grid=3, embed=64, form="clip"))
+            16, 128, 1, 2, grid=3, embed=64, family="clip"))
         self.assertFalse(any(p.requires_grad for p in tower.parameters()))
         s, norm, linear = self.by_hand(state, 1e-5)
         image = torch.randn(1, 3, 48, 48).double()
@@ -921,7 +921,7 @@ class Towers(unittest.TestCase):
         state = eva_state(depth=1)
         tower = backbones.load_vision(self.saved(state))
         self.assertEqual(tower.shape, backbones.VisionShape(
-            16, 192, 1, 3, grid=3, embed=64, form="eva"))
+            16, 192, 1, 3, grid=3, embed=64, family="eva"))
         s, norm, linear = self.by_hand(state, 1e-6)
         image = torch.randn(1, 3, 48, 48).double()
         x = torch.cat([s["visual.cls_token"][0],
@@ -956,16 +956,17 @@ class Towers(unittest.TestCase):
 
     def test_rotary_positions_turn_the_image_alone(self):
         torch.manual_seed(0)
-        tower = backbones.ViT(backbones.VisionShape(8, 128, 1, 2, grid=4, embed=8, form="eva"))
-        angles = tower.angles((2, 3))
+        tower = backbones.ViT(backbones.VisionShape(8, 128, 1, 2, grid=4, embed=8, family="eva"))
+        angles = tower.rotary_tables((2, 3))
         x = torch.randn(1, 2, 5 + 6, 64)        # class token and four guests before the image
-        turned = backbones.turn(x, *angles)
+        turned = backbones.rotate(x, *angles)
         self.assertTrue(torch.equal(turned[:, :, :5], x[:, :, :5]))
         self.assertTrue(torch.equal(turned[:, :, 5], x[:, :, 5]))       # the place (0, 0)
         self.assertTrue((turned[:, :, 6:] != x[:, :, 6:]).any(-1).all())
         self.assertTrue(torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5))
         # Whatever the grid, places span 16: (1, 0) of two rows is where (2, 0) of four is.
-        self.assertTrue(torch.equal(tower.angles((2, 3))[0][3], tower.angles((4, 4))[0][8]))
+        self.assertTrue(torch.equal(tower.rotary_tables((2, 3))[0][3],
+                                    tower.rotary_tables((4, 4))[0][8]))
 
     def test_eva_files(self):
         state = eva_state()
@@ -973,7 +974,7 @@ class Towers(unittest.TestCase):
         tower = backbones.load_vision(path)
         tokens = torch.tensor([[298, 5, 299]])
         text = backbones.load_text(path)
-        self.assertEqual(text.shape.form, "eva text")
+        self.assertEqual(text.shape.family, "eva text")
         self.assertEqual([b.mlp.activation for b in text.blocks], [nn.functional.gelu] * 2)
         self.assertEqual(text(tokens)[1].shape, (1, 64))
         self.assertEqual(tower(torch.randn(1, 3, 64, 80)).shape, (1, 1 + 4 * 5, 192))
@@ -1206,7 +1207,7 @@ class HuggingFace(unittest.TestCase):
         values = torch.randn(25)
         with torch.no_grad():                           # alike along the columns
             tower.position[0, 1:] = values[:, None].expand(25, 25).flatten()[:, None]
-        tower.old_positions = True
+        tower.legacy_position_resize = True
         for rows in (20, 35):
             found = tower.positions((rows, rows))[0, 1:, 0].unflatten(0, (rows, rows))[:, 0]
             for i in range(rows):
@@ -1451,7 +1452,8 @@ class Checkpoints(unittest.TestCase):
             self.assertFalse(any(p.requires_grad for p in again.vision.parameters()))
             name = "vision.class_token"         # a frozen tower is its file's alone
             tensors = {**held["tensors"], name: net.vision.class_token + 1}
-            torch.save({**held, "tensors": tensors}, place / "b.pt")
+            torch.save({**held, "config": asdict(held["config"]), "tensors": tensors},
+                       place / "b.pt")
             with self.assertRaisesRegex(backbones.WeightsError, f"unexpected, the first: {name}"):
                 model.load(place / "b.pt")
             torch.save(dinov2_state(64, grid=4), place / "v.pth")         # other numbers
@@ -1512,7 +1514,7 @@ class Checkpoints(unittest.TestCase):
                 ("towers", lambda c: c.update(towers={"vision": 5, "text": None}), "its towers"),
                 ("run", lambda c: c.update(run=5), "its run is not a table"),
                 ("part", lambda c: c.pop("towers"), "not a checkpoint")):
-            changed = {**held, "tensors": dict(held["tensors"]), "config": dict(held["config"])}
+            changed = {**held, "tensors": dict(held["tensors"]), "config": asdict(held["config"])}
             change(changed)
             torch.save(changed, place / f"{name}.pt")
             with self.subTest(name), self.assertRaisesRegex(backbones.WeightsError, message):
@@ -1582,7 +1584,7 @@ RECORDED_STARTS = {
 
 def released_shapes(net):
     """Name and shape of every tensor of the files in which the authors' programs keep a model."""
-    detris = net.vision.shape.form == "dinov2"
+    detris = net.vision.shape.family == "dinov2"
     prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
     vision_names = backbones.DINOV2_NAMES if detris else backbones.CLIP_VISION_NAMES
     shapes = {}
@@ -1696,7 +1698,7 @@ class Released(unittest.TestCase):
     def small(self, kind):
         """A small model, and a file of the authors' form that holds one like it."""
         shapes = {"v": backbones.VisionShape(14, 128, 6, 2, grid=5, registers=4),
-                  "c": backbones.VisionShape(16, 128, 6, 2, grid=3, embed=64, form="clip")}
+                  "c": backbones.VisionShape(16, 128, 6, 2, grid=3, embed=64, family="clip")}
         text = backbones.TextShape(64, 6, 1, 64, 300, 77)
         for patch in (mock.patch.dict(backbones.VISION, shapes),
                       mock.patch.dict(backbones.TEXT, t=text)):
@@ -2658,7 +2660,7 @@ class Runs(unittest.TestCase):
             self.assertEqual(status, 0, err)
             paths.append(out / "best.pt")
             after = model.read_checkpoint(paths[-1])
-            self.assertEqual(after["config"]["vision"], "small")
+            self.assertEqual(after["config"].vision, "small")
             for name, tensor in before["tensors"].items():
                 if name.startswith(("vision.", "text.")) and not name.endswith("logit_scale"):
                     name = name.replace(".mlp.", ".mlp.0.") if preset == "shapes-compacter" else (
@@ -2680,7 +2682,7 @@ class Runs(unittest.TestCase):
         lora, two = ["--preset", "shapes-lora", *common[:-2], "--epochs", 2], place / "two"
         self.assertEqual(program(train, *lora, "--out", two)[0], 0)
         epoch_one = model.read_checkpoint(place / "shapes-lora" / "last.pt")
-        epoch_one["config"]["epochs"] = 2
+        epoch_one["config"] = {**asdict(epoch_one["config"]), "epochs": 2}
         torch.save(epoch_one, place / "shapes-lora" / "last.pt")
         status, _, err = program(train, *lora, "--out", place / "shapes-lora", "--resume")
         self.assertEqual(status, 0, err)
@@ -2712,8 +2714,8 @@ class Runs(unittest.TestCase):
             "--epochs", 1, "--micro-batch", 4)
         self.assertEqual(status, 0, err)
         checkpoint = model.read_checkpoint(place / "run" / "best.pt")
-        self.assertEqual(checkpoint["config"]["length"], 22)
-        self.assertEqual(checkpoint["config"]["method"], "barleria")
+        self.assertEqual(checkpoint["config"].length, 22)
+        self.assertEqual(checkpoint["config"].method, "barleria")
         status, printed, err = program(evaluate, "--ckpt", place / "run" / "best.pt", "--data",
                                        place, "--dataset", "refcoco+", "--split", "val")
         self.assertEqual(status, 0, err)
@@ -3198,6 +3200,7 @@ class Survival(unittest.TestCase):
         """Whatever is changed in a last.pt by hand is refused in a line."""
         out, good = self.root / "odd", model.read_checkpoint(self.root / "whole1" / "previous.pt")
         out.mkdir()
+        good["config"] = asdict(good["config"])
         moments = good["optimizer"]["state"][0]
         for *keys, value in (
                 ("progress", []), ("progress", "epoch", 2**70), ("progress", "epoch", 1.0),

@@ -584,7 +584,7 @@ def load_init(path):
     if "text" not in checkpoint["vocabulary"] or any(checkpoint["towers"].values()):
         raise model.ConfigError(f"{path}: no run on drawn data; --init takes the towers of one, "
                                 f"and its vocabulary")
-    method = checkpoint["config"].get("method")
+    method = checkpoint["config"].method
     if method in ("houlsby", "compacter", "lora"):
         raise model.ConfigError(f"{path}: its towers have the layers of {method} inside; --init "
                                 f"takes those of a run such as runs/shapes/best.pt")
@@ -600,8 +600,7 @@ def load_model(args, config, towers, init, run, path):
     if not {"progress", "random", "optimizer", "scaler"} <= checkpoint.keys():
         raise model.WeightsError(f"{path}: not the last.pt of a run (progress, random, optimizer, "
                                  f"scaler); a best.pt cannot be resumed")
-    model.restore_config(path, checkpoint["config"])        # so that it holds plain values alone
-    before = {**checkpoint["config"], **checkpoint["run"]}
+    before = {**asdict(checkpoint["config"]), **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
                  for key, value in {**asdict(config), **run}.items()
                  if key not in before or type(before[key]) is not type(value)
@@ -964,7 +963,7 @@ def configuration(args, init):
     if args.dataset in data.LENGTHS:
         overrides.setdefault("length", data.LENGTHS[args.dataset])
     if init is not None:
-        towers = model.restore_config(init[0], init[1]["config"])
+        towers = init[1]["config"]
         overrides = {"vision": towers.vision, "text": towers.text, "train_towers": False,
                      **overrides}
     return model.configure(args.preset, **overrides)
