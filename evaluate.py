@@ -65,14 +65,6 @@ def probabilities(net, images, tokens, device, dtype):
         logits.float().sigmoid(), images.shape[-2:], mode="bicubic", align_corners=True)[:, 0]
 
 
-def collate(samples):
-    """Photos have sizes of their own, so their masks stay a list."""
-    samples = [sample for sample in samples if sample is not None]
-    return {key: [s[key] for s in samples] if key in ("mask", "index") else
-            torch.stack([s[key] for s in samples])
-            for key in samples[0]} if samples else None
-
-
 def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0, world=1,
              name="evaluating"):
     """Intersection and union of every expression: int64 (expressions, 3) with its index first.
@@ -98,6 +90,14 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     return np.array(sorted(rows), dtype=np.int64).reshape(-1, 3)
 
 
+def collate(samples):
+    """Photos have sizes of their own, so their masks stay a list."""
+    samples = [sample for sample in samples if sample is not None]
+    return {key: [s[key] for s in samples] if key in ("mask", "index") else
+            torch.stack([s[key] for s in samples])
+            for key in samples[0]} if samples else None
+
+
 def metrics(table):
     """mIoU, oIoU and P@0.5 to P@0.9, percent, and the number of expressions, of `overlaps`."""
     _, intersections, unions = table.T
@@ -110,20 +110,9 @@ def metrics(table):
             "expressions": len(table)}
 
 
-def table_row(*cells):
-    return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
-
-
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# One photo
 # ---------------------------------------------------------------------------------------------
-
-def singled_out(photo, mask):
-    """The photo (RGB) in pale grey, except where its mask (bool, same size) is true."""
-    grey = np.asarray(photo.convert("L"))[..., None]
-    shown = np.where(mask[..., None], np.asarray(photo), 170 + grey // 4)
-    return Image.fromarray(shown.astype(np.uint8))
-
 
 def predict(net, tokenizer, photo, text, device, dtype=None):
     """The mask (bool, numpy) of what `text` means in an RGB photo, at the photo's own size.
@@ -140,264 +129,6 @@ def predict(net, tokenizer, photo, text, device, dtype=None):
     image = data.letterbox(photo, net.config.image_size)
     square = probabilities(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
     return (data.unletterbox(square, *photo.size) > THRESHOLD).cpu().numpy()
-
-
-def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
-    """A picture of examples, evenly spaced over the data set: photo, truth, prediction."""
-    places = sorted({round(i * (len(dataset) - 1) / max(1, examples - 1)) for i in range(examples)})
-    cells = []
-    for place in places:
-        ref, sentence = dataset.pairs[place]
-        try:
-            photo, mask = data.read_pair(ref)
-        except data.DataError:
-            if not dataset.skip_broken:
-                raise
-            continue
-        truth = mask.numpy() > 0
-        predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
-        iou = (predicted & truth).sum() / (predicted | truth).sum()
-        cells.append(example(photo, truth, predicted, sentence, f"IoU {100 * iou:.1f}", tile))
-    rows = -(-len(cells) // columns)
-    width, height = 3 * tile + 40, tile + 44
-    sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (i % columns * width + 10, i // columns * height + 6))
-    return sheet
-
-
-def example(photo, truth, predicted, sentence, score, tile):
-    """Photo, truth and prediction side by side under the expression."""
-    font = ImageFont.load_default(15)
-    cell = Image.new("RGB", (3 * tile + 20, tile + 38), "white")
-    pen = ImageDraw.Draw(cell)
-    room = 3 * tile - 80
-    sentence = "".join(c if c.isprintable() else " " for c in sentence)
-    while pen.textlength(sentence, font) > room:
-        sentence = sentence[:-2].rstrip("…") + "…"
-    pen.text((4, 2), sentence, "black", font)
-    pen.text((3 * tile + 16, 2), score, "black", font, anchor="ra")
-    for i, picture in enumerate((photo, singled_out(photo, truth), singled_out(photo, predicted))):
-        scale = tile / max(picture.size)
-        picture = picture.resize([max(1, round(side * scale)) for side in picture.size],
-                                 Image.Resampling.BICUBIC)
-        left = i * (tile + 10) + (tile - picture.width) // 2
-        cell.paste(picture, (left, 26 + (tile - picture.height) // 2))
-    return cell
-
-
-def curves(log, width=420, height=260):
-    """A picture of a run: training loss, and mIoU and oIoU on val, by epoch."""
-    font = ImageFont.load_default(13)
-    sheet = Image.new("RGB", (2 * width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for left, series in ((0, [("loss", "#2962d6")]),
-                         (width, [("miou", "#d63031"), ("oiou", "#279a4a")])):
-        box = (left + 50, 30, left + width - 20, height - 40)
-        values = [row[key] for row in log for key, _ in series]
-        low, high = min(0.0, *values), max([*values, 1e-9]) * 1.05
-        pen.rectangle(box, outline="#bbbbbb")
-        for share in (0, 0.5, 1):
-            y = box[3] - share * (box[3] - box[1])
-            pen.text((box[0] - 6, y), f"{low + share * (high - low):.3g}", "#555555", font, "rm")
-        pen.text((box[0], box[3] + 8), "epoch 1", "#555555", font)
-        pen.text((box[2], box[3] + 8), str(log[-1]["epoch"]), "#555555", font, "ra")
-        for i, (key, colour) in enumerate(series):
-            points = [(box[0] + (box[2] - box[0]) * k / max(1, len(log) - 1),
-                       box[3] - (row[key] - low) / (high - low) * (box[3] - box[1]))
-                      for k, row in enumerate(log)]
-            pen.line(points, colour, 2)
-            for x, y in points:
-                pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-            name = {"loss": "training loss", "miou": "mIoU on val", "oiou": "oIoU on val"}[key]
-            pen.text((box[0] + 110 * i, 8), name, colour, font)
-    return sheet
-
-
-def save_picture(picture, path):
-    """Writes a PIL image; the kind of file goes by the name's ending."""
-    with model.replacing(path) as file:
-        picture.save(file, PICTURES[Path(path).suffix.lower()])
-
-
-def save_json(figures, path):
-    with model.replacing(path) as file:
-        file.write(json.dumps(figures, indent=1).encode())
-
-
-def check_outputs(pictures, others, inputs):
-    """Raises DataError, before any work is done, for an output (Path) that cannot be written, or
-    would replace one of the `inputs` or another output."""
-    taken = {Path(path).resolve() for path in inputs if path}
-    for path in (*pictures, *others):
-        if (path.exists() and not path.is_file() or not path.parent.is_dir()
-                or not os.access(path.parent, os.W_OK)):
-            raise data.DataError(f"{path}: not a file in a folder that can be written to")
-        if path in pictures and path.suffix.lower() not in PICTURES:
-            raise data.DataError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
-        if path.resolve() in taken:
-            raise data.DataError(f"{path}: would be written over another file of this call")
-        taken.add(path.resolve())
-
-
-# ---------------------------------------------------------------------------------------------
-# Processes, devices, errors: shared with train.py
-# ---------------------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    """Whose errors are told as all others are (`run`)."""
-
-    def error(self, message):
-        raise data.DataError(f"{message}; --help lists what there is")
-
-
-@contextlib.contextmanager
-def processes():
-    """Joins torchrun's processes, if it started us; yields rank, world size and device.
-
-    The device comes from the local rank, so several machines work; NCCL on GPUs, gloo on CPUs.
-    Where one process fails, all end: the first to fail says why, the others wait until it has.
-    """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world == 1:
-        yield 0, 1, device
-        return
-    store, rank, world = next(dist.rendezvous("env://"))
-    # A restart by torchrun shall not meet the addresses that the last attempt left in the store.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world)
-    try:
-        yield rank, world, device
-        dist.barrier()                  # nobody leaves before the first process has saved all
-    except BaseException as error:
-        status = told_once(error, store)
-        sys.stdout.flush()
-        os._exit(status)                # an orderly leave would wait for the others
-    gc.collect()                        # DistributedDataParallel, whose threads must end first
-    dist.destroy_process_group()
-
-
-def from_all(thing, world):
-    """What each process has for `thing`, as a list, in all of them."""
-    if world == 1:
-        return [thing]
-    things = [None] * world
-    dist.all_gather_object(things, thing)
-    return things
-
-
-def told_once(error, store):
-    """Tells the error if this process is the first to fail, else waits until that one has.
-
-    Returns the exit status.
-    """
-    if isinstance(error, (SystemExit, KeyboardInterrupt)):
-        return status_of(error)
-    try:
-        if store.add("failures", 1) > 1:
-            store.wait(["told"], timedelta(seconds=10))
-            return status_of(error)
-    except RuntimeError:                # the store has gone with the process that kept it
-        pass
-    status = tell(error)
-    with contextlib.suppress(RuntimeError):
-        store.set("told", "yes")
-    return status
-
-
-def status_of(error):
-    """The exit status: 2 for bad input, 128 + its number for a signal, 1 for all else."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, EXPECTED) else 1
-
-
-def tell(error):
-    """Says on stderr what went wrong, in a line where that is enough. Returns the exit status."""
-    name = Path(sys.argv[0]).name
-    if isinstance(error, EXPECTED):
-        # An error from a loader's worker brings the worker's traceback: its last line is the error.
-        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        print(f"{name}: {line}", file=sys.stderr)
-    elif isinstance(error, dist.DistError) or "gloo" in str(error):
-        print(f"{name}: lost another process, which ended without a word (killed?)",
-              file=sys.stderr)
-    elif str(error).startswith("DataLoader worker"):
-        print(f"{name}: lost a process of the loader, which was killed (out of memory? try fewer "
-              f"--workers)", file=sys.stderr)
-    elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-          or "can't allocate memory" in str(error)):
-        print(f"{name}: out of memory; try a smaller --batch-size or, in training, --micro-batch",
-              file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    sys.stderr.flush()
-    return status_of(error)
-
-
-def precision_type(precision, device):
-    """The type of mixed precision: None (single), bfloat16 or float16.
-
-    `auto` is bfloat16 where a GPU has it, float16 on older ones, single precision on CPUs.
-    """
-    if precision == "auto":
-        if device.type == "cpu":
-            return None
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def run(main):
-    """Runs a program; bad input becomes one line and exit status 2, SIGTERM status 143."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        main()
-    except KeyboardInterrupt as error:
-        sys.exit(status_of(error))
-    except Exception as error:
-        sys.exit(tell(error))
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
-
-def load_checkpoint(path, args, device):
-    """The model of a checkpoint, its tokenizer, and facts for the table.
-
-    The facts: preset, tuned (how many parameters), dataset it was trained on, seconds of training.
-    """
-    checkpoint = model.read_checkpoint(path)
-    net = model.load(path, args.vision_weights, args.text_weights, checkpoint).to(device)
-    text = checkpoint["vocabulary"].get("text")
-    vocabulary = (model.find_published("vocabulary", args.vocabulary)
-                  if args.vocabulary or text is None else text.encode())
-    released = "released" in checkpoint
-    facts = {"preset": checkpoint["run"].get("preset", "released " * released + net.config.method),
-             "released": released,
-             "tuned": model.count(net)["tuned"], "dataset": checkpoint["run"].get("dataset"),
-             "seconds": checkpoint.get("seconds")}
-    return net, make_tokenizer(vocabulary, net.config), facts
-
-
-def make_tokenizer(vocabulary, config):
-    """The tokenizer of a file (or its bytes). ConfigError where the text tower knows fewer ids."""
-    tokenizer = data.Tokenizer(vocabulary)
-    if tokenizer.size > model.TEXT[config.text].vocabulary:
-        name = "the vocabulary" if isinstance(vocabulary, bytes) else vocabulary
-        raise model.ConfigError(f"{name} has {tokenizer.size} entries, more than the text tower "
-                                f"{config.text} knows")
-    return tokenizer
 
 
 def predict_one(args, device, dtype):
@@ -417,6 +148,10 @@ def mask_path(output):
     """Where the plain mask goes that belongs to the picture OUTPUT."""
     return output.with_name(f"{output.stem}-mask.png")
 
+
+# ---------------------------------------------------------------------------------------------
+# Whole splits, and the table of their figures
+# ---------------------------------------------------------------------------------------------
 
 def evaluate_all(args, rank, world, device, dtype):
     """Evaluates all checkpoints. What is done when one of them fails is reported nevertheless."""
@@ -475,6 +210,136 @@ def report(results, about, json_path):
         save_json(results, json_path)
 
 
+def load_checkpoint(path, args, device):
+    """The model of a checkpoint, its tokenizer, and facts for the table.
+
+    The facts: preset, tuned (how many parameters), dataset it was trained on, seconds of training.
+    """
+    checkpoint = model.read_checkpoint(path)
+    net = model.load(path, args.vision_weights, args.text_weights, checkpoint).to(device)
+    text = checkpoint["vocabulary"].get("text")
+    vocabulary = (model.find_published("vocabulary", args.vocabulary)
+                  if args.vocabulary or text is None else text.encode())
+    released = "released" in checkpoint
+    facts = {"preset": checkpoint["run"].get("preset", "released " * released + net.config.method),
+             "released": released,
+             "tuned": model.count(net)["tuned"], "dataset": checkpoint["run"].get("dataset"),
+             "seconds": checkpoint.get("seconds")}
+    return net, make_tokenizer(vocabulary, net.config), facts
+
+
+def make_tokenizer(vocabulary, config):
+    """The tokenizer of a file (or its bytes). ConfigError where the text tower knows fewer ids."""
+    tokenizer = data.Tokenizer(vocabulary)
+    if tokenizer.size > model.TEXT[config.text].vocabulary:
+        name = "the vocabulary" if isinstance(vocabulary, bytes) else vocabulary
+        raise model.ConfigError(f"{name} has {tokenizer.size} entries, more than the text tower "
+                                f"{config.text} knows")
+    return tokenizer
+
+
+def table_row(*cells):
+    return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
+
+
+def save_json(figures, path):
+    with model.replacing(path) as file:
+        file.write(json.dumps(figures, indent=1).encode())
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
+    """A picture of examples, evenly spaced over the data set: photo, truth, prediction."""
+    places = sorted({round(i * (len(dataset) - 1) / max(1, examples - 1)) for i in range(examples)})
+    cells = []
+    for place in places:
+        ref, sentence = dataset.pairs[place]
+        try:
+            photo, mask = data.read_pair(ref)
+        except data.DataError:
+            if not dataset.skip_broken:
+                raise
+            continue
+        truth = mask.numpy() > 0
+        predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
+        iou = (predicted & truth).sum() / (predicted | truth).sum()
+        cells.append(example(photo, truth, predicted, sentence, f"IoU {100 * iou:.1f}", tile))
+    rows = -(-len(cells) // columns)
+    width, height = 3 * tile + 40, tile + 44
+    sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (i % columns * width + 10, i // columns * height + 6))
+    return sheet
+
+
+def example(photo, truth, predicted, sentence, score, tile):
+    """Photo, truth and prediction side by side under the expression."""
+    font = ImageFont.load_default(15)
+    cell = Image.new("RGB", (3 * tile + 20, tile + 38), "white")
+    pen = ImageDraw.Draw(cell)
+    room = 3 * tile - 80
+    sentence = "".join(c if c.isprintable() else " " for c in sentence)
+    while pen.textlength(sentence, font) > room:
+        sentence = sentence[:-2].rstrip("…") + "…"
+    pen.text((4, 2), sentence, "black", font)
+    pen.text((3 * tile + 16, 2), score, "black", font, anchor="ra")
+    for i, picture in enumerate((photo, singled_out(photo, truth), singled_out(photo, predicted))):
+        scale = tile / max(picture.size)
+        picture = picture.resize([max(1, round(side * scale)) for side in picture.size],
+                                 Image.Resampling.BICUBIC)
+        left = i * (tile + 10) + (tile - picture.width) // 2
+        cell.paste(picture, (left, 26 + (tile - picture.height) // 2))
+    return cell
+
+
+def singled_out(photo, mask):
+    """The photo (RGB) in pale grey, except where its mask (bool, same size) is true."""
+    grey = np.asarray(photo.convert("L"))[..., None]
+    shown = np.where(mask[..., None], np.asarray(photo), 170 + grey // 4)
+    return Image.fromarray(shown.astype(np.uint8))
+
+
+def curves(log, width=420, height=260):
+    """A picture of a run: training loss, and mIoU and oIoU on val, by epoch."""
+    font = ImageFont.load_default(13)
+    sheet = Image.new("RGB", (2 * width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for left, series in ((0, [("loss", "#2962d6")]),
+                         (width, [("miou", "#d63031"), ("oiou", "#279a4a")])):
+        box = (left + 50, 30, left + width - 20, height - 40)
+        values = [row[key] for row in log for key, _ in series]
+        low, high = min(0.0, *values), max([*values, 1e-9]) * 1.05
+        pen.rectangle(box, outline="#bbbbbb")
+        for share in (0, 0.5, 1):
+            y = box[3] - share * (box[3] - box[1])
+            pen.text((box[0] - 6, y), f"{low + share * (high - low):.3g}", "#555555", font, "rm")
+        pen.text((box[0], box[3] + 8), "epoch 1", "#555555", font)
+        pen.text((box[2], box[3] + 8), str(log[-1]["epoch"]), "#555555", font, "ra")
+        for i, (key, colour) in enumerate(series):
+            points = [(box[0] + (box[2] - box[0]) * k / max(1, len(log) - 1),
+                       box[3] - (row[key] - low) / (high - low) * (box[3] - box[1]))
+                      for k, row in enumerate(log)]
+            pen.line(points, colour, 2)
+            for x, y in points:
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+            name = {"loss": "training loss", "miou": "mIoU on val", "oiou": "oIoU on val"}[key]
+            pen.text((box[0] + 110 * i, 8), name, colour, font)
+    return sheet
+
+
+def save_picture(picture, path):
+    """Writes a PIL image; the kind of file goes by the name's ending."""
+    with model.replacing(path) as file:
+        picture.save(file, PICTURES[Path(path).suffix.lower()])
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
 def add_shared_arguments(parser, precision):
     """The arguments that train.py takes as well; `precision`: the default of --precision."""
     parser.add_argument("--data", default="data", metavar="DIR", help="the data folder")
@@ -529,6 +394,21 @@ def parse_arguments():
     return args
 
 
+def check_outputs(pictures, others, inputs):
+    """Raises DataError, before any work is done, for an output (Path) that cannot be written, or
+    would replace one of the `inputs` or another output."""
+    taken = {Path(path).resolve() for path in inputs if path}
+    for path in (*pictures, *others):
+        if (path.exists() and not path.is_file() or not path.parent.is_dir()
+                or not os.access(path.parent, os.W_OK)):
+            raise data.DataError(f"{path}: not a file in a folder that can be written to")
+        if path in pictures and path.suffix.lower() not in PICTURES:
+            raise data.DataError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
+        if path.resolve() in taken:
+            raise data.DataError(f"{path}: would be written over another file of this call")
+        taken.add(path.resolve())
+
+
 def main():
     with processes() as (rank, world, device):
         args = parse_arguments()
@@ -537,6 +417,134 @@ def main():
             predict_one(args, device, dtype)
         else:
             evaluate_all(args, rank, world, device, dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes, precision and errors: shared with train.py
+# ---------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def processes():
+    """Joins torchrun's processes, if it started us; yields rank, world size and device.
+
+    The device comes from the local rank, so several machines work; NCCL on GPUs, gloo on CPUs.
+    Where one process fails, all end: the first to fail says why, the others wait until it has.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield 0, 1, device
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    # A restart by torchrun shall not meet the addresses that the last attempt left in the store.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world)
+    try:
+        yield rank, world, device
+        dist.barrier()                  # nobody leaves before the first process has saved all
+    except BaseException as error:
+        status = told_once(error, store)
+        sys.stdout.flush()
+        os._exit(status)                # an orderly leave would wait for the others
+    gc.collect()                        # DistributedDataParallel, whose threads must end first
+    dist.destroy_process_group()
+
+
+def from_all(thing, world):
+    """What each process has for `thing`, as a list, in all of them."""
+    if world == 1:
+        return [thing]
+    things = [None] * world
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def precision_type(precision, device):
+    """The type of mixed precision: None (single), bfloat16 or float16.
+
+    `auto` is bfloat16 where a GPU has it, float16 on older ones, single precision on CPUs.
+    """
+    if precision == "auto":
+        if device.type == "cpu":
+            return None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def run(main):
+    """Runs a program; bad input becomes one line and exit status 2, SIGTERM status 143."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        sys.exit(status_of(error))
+    except Exception as error:
+        sys.exit(tell(error))
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are told as all others are (`run`)."""
+
+    def error(self, message):
+        raise data.DataError(f"{message}; --help lists what there is")
+
+
+def told_once(error, store):
+    """Tells the error if this process is the first to fail, else waits until that one has.
+
+    Returns the exit status.
+    """
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return status_of(error)
+    try:
+        if store.add("failures", 1) > 1:
+            store.wait(["told"], timedelta(seconds=10))
+            return status_of(error)
+    except RuntimeError:                # the store has gone with the process that kept it
+        pass
+    status = tell(error)
+    with contextlib.suppress(RuntimeError):
+        store.set("told", "yes")
+    return status
+
+
+def status_of(error):
+    """The exit status: 2 for bad input, 128 + its number for a signal, 1 for all else."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, EXPECTED) else 1
+
+
+def tell(error):
+    """Says on stderr what went wrong, in a line where that is enough. Returns the exit status."""
+    name = Path(sys.argv[0]).name
+    if isinstance(error, EXPECTED):
+        # An error from a loader's worker brings the worker's traceback: its last line is the error.
+        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        print(f"{name}: {line}", file=sys.stderr)
+    elif isinstance(error, dist.DistError) or "gloo" in str(error):
+        print(f"{name}: lost another process, which ended without a word (killed?)",
+              file=sys.stderr)
+    elif str(error).startswith("DataLoader worker"):
+        print(f"{name}: lost a process of the loader, which was killed (out of memory? try fewer "
+              f"--workers)", file=sys.stderr)
+    elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+          or "can't allocate memory" in str(error)):
+        print(f"{name}: out of memory; try a smaller --batch-size or, in training, --micro-batch",
+              file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    return status_of(error)
 
 
 if __name__ == "__main__":
