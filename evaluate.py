@@ -10,9 +10,9 @@ the mean over expressions; CRIS, ETRIS, BarLeRIa and DCRIS print it as "IoU". oI
 intersections over the sum of all unions; LAVT and later papers print it. P@0.5 is the share of
 expressions with an IoU above 0.5. mIoU and oIoU differ by several points: compare like with like.
 
-The figures follow the released programs of CRIS, ETRIS and DETRIS. Comments number the steps from
-logits to figures: 1 and 2 in `probabilities`, 3 to 5 in `overlaps`. They are computed in single
-precision, on GPUs too, unless --precision says otherwise.
+The figures follow the released programs of CRIS, ETRIS and DETRIS, step by step: see the comments
+1 and 2 in `probabilities`, 3 to 5 in `overlaps`. The model runs in single precision, on GPUs too,
+unless --precision says otherwise.
 """
 
 import argparse
@@ -37,7 +37,6 @@ import model
 
 THRESHOLD = 0.35                        # of the probability, as in the authors' programs
 LEVELS = (50, 60, 70, 80, 90)           # of P@0.5 to P@0.9, in percent
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 BAD_INPUT = (model.WeightsError, model.ConfigError, data.DataError, OSError)
 
 
@@ -141,69 +140,62 @@ def predict_one(args, device, dtype):
 # ---------------------------------------------------------------------------------------------
 
 def evaluate_all(args, rank, world, device, dtype):
-    """Evaluates checkpoints on splits. Each result becomes a row of a Markdown table at once, and
-    --json gets {checkpoint: {split: metrics}}."""
+    """Evaluates checkpoints on splits. Every result is at once a row of the Markdown table, and in
+    the file of --json: {checkpoint: {split: metrics}}."""
     results = {}
     for path in args.ckpt:
-        net, tokenizer, about = load_checkpoint(path, args, device)
-        name = args.dataset or about["dataset"]
+        net, tokenizer, checkpoint = load_checkpoint(path, args, device)
+        run, released = checkpoint["run"], "released" in checkpoint
+        name = args.dataset or run.get("dataset")
         if name in (None, "mixed"):
             raise data.DataError(f"{path} was trained on {name or 'unknown data'}; choose what to "
                                  f"evaluate it on, e.g. --dataset refcoco")
+        usual = data.LENGTHS.get(name, 17) if released else net.config.length
+        about = [path, run.get("preset", "released " * released + net.config.method),
+                 f"{model.count(net)['tuned']:,}"]
+        time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
         for split in args.split or data.held_out_splits(args.data, name, args.skip_broken):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
-            length = args.length or about["length"] or data.LENGTHS.get(name, 17)
-            dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size, length,
-                                         args.skip_broken)
+            dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
+                                         args.length or usual, args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
                              world, f"{name} {split}")
             figures = metrics(table)
             if rank > 0:
                 continue
             if broken or len(table) < len(dataset):
-                print(f"{name}: {broken} broken entries left out of all splits, and of {split} "
-                      f"{len(dataset) - len(table)} expressions whose photo or mask is broken",
+                print(f"{name} {split}: left out {broken} broken entries of all splits, and "
+                      f"{len(dataset) - len(table)} expressions with a broken photo or mask",
                       file=sys.stderr)
             if not results:
                 print(table_row("checkpoint", "preset", "tuned", "split", "expressions", "mIoU",
                                 "oIoU", *(f"P@{p / 100}" for p in LEVELS), "trained for"))
                 print("|---|---|---:|---|" + "---:|" * (4 + len(LEVELS)))
-                if args.panel:
-                    save_picture(panel(net, dataset, device, dtype), args.panel)
             *percentages, expressions = figures.values()
-            print(table_row(path, about["preset"], f"{about['tuned']:,}", split, expressions,
-                            *percentages, about["time"]), flush=True)
+            print(table_row(*about, split, expressions, *percentages, time), flush=True)
+            if args.panel and not results:
+                save_picture(panel(net, dataset, device, dtype), args.panel)
             results.setdefault(path, {})[split] = figures
             if args.json:
                 save_json(results, args.json)
 
 
 def load_checkpoint(path, args, device):
-    """The model of a checkpoint, its tokenizer, and what the table says about it.
-
-    `dataset` is None where the checkpoint does not say it, `length` (of expressions) for released
-    checkpoints.
-    """
+    """The model of a checkpoint, its tokenizer, and what `model.read_checkpoint` found."""
     checkpoint = model.read_checkpoint(path)
     net = model.load(path, args.vision_weights, args.text_weights, checkpoint).to(device)
     vocabulary = checkpoint["vocabulary"].get("text", "").encode()
     if args.vocabulary or not vocabulary:
         vocabulary = model.find_published("vocabulary", args.vocabulary)
-    released, run = "released" in checkpoint, checkpoint["run"]
-    about = {"preset": run.get("preset", "released " * released + net.config.method),
-             "tuned": model.count(net)["tuned"], "dataset": run.get("dataset"),
-             "time": f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else "",
-             "length": None if released else net.config.length}
-    return net, make_tokenizer(vocabulary, net.config), about
+    return net, make_tokenizer(vocabulary, net.config), checkpoint
 
 
 def make_tokenizer(vocabulary, config):
-    """The tokenizer of a vocabulary file (or its bytes). ConfigError if it does not fit the text
-    tower."""
+    """The tokenizer of a vocabulary (file or bytes). ConfigError if the text tower has fewer ids."""
     tokenizer, most = data.Tokenizer(vocabulary), model.TEXT[config.text].vocabulary
     if tokenizer.size > most:
-        raise model.ConfigError(f"the vocabulary has {tokenizer.size} entries; the text tower "
-                                f"{config.text} has only {most}: --vocabulary FILE is another's")
+        raise model.ConfigError(f"the vocabulary has {tokenizer.size} entries, the text tower "
+                                f"{config.text} only {most}; choose another --vocabulary")
     return tokenizer
 
 
@@ -223,19 +215,18 @@ def save_json(figures, path):
 def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
     """A picture of examples, evenly spaced over the data set: photo, truth, prediction."""
     places = sorted({round(i * (len(dataset) - 1) / max(1, examples - 1)) for i in range(examples)})
+    places = [place for place in places if dataset[place] is not None]      # None: a broken photo
     width, height = 3 * tile + 40, tile + 44
-    sheet = Image.new("RGB", (columns * width, -(-len(places) // columns) * height), "white")
+    sheet = Image.new("RGB", (columns * width, (-(-len(places) // columns) or 1) * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (ref, sentence) in enumerate(dataset.pairs[place] for place in places):
-        left, top = i % columns * width + 10, i // columns * height + 6
-        try:
-            photo, mask = data.read_pair(ref)
-        except data.DataError:          # --skip-broken: its place stays white
-            continue
+    for i, place in enumerate(places):
+        ref, sentence = dataset.pairs[place]
+        photo, mask = data.read_pair(ref)
         truth = mask.numpy() > 0
         predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
         iou = (predicted & truth).sum() / (predicted | truth).sum()
-        sentence = "".join(c if c.isprintable() else " " for c in sentence)
+        left, top = i % columns * width + 10, i // columns * height + 6
+        sentence = data.clean(sentence)
         while pen.textlength(sentence, font) > 3 * tile - 80:
             sentence = sentence[:-2].rstrip("…") + "…"
         pen.text((left + 4, top + 2), sentence, "black", font)
@@ -258,10 +249,7 @@ def singled_out(photo, mask):
 
 
 def curves(log, width=420, height=260):
-    """A picture of a run: training loss, and mIoU and oIoU on val, by epoch.
-
-    `log` is a list of dictionaries with epoch, loss, miou and oiou, one an epoch.
-    """
+    """A picture of a run: loss, mIoU and oIoU of each epoch, which are the keys of a `log` row."""
     font = ImageFont.load_default(13)
     sheet = Image.new("RGB", (2 * width, height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -289,9 +277,9 @@ def curves(log, width=420, height=260):
 
 
 def save_picture(picture, path):
-    """Writes a PIL image. The name's ending decides the format."""
+    """Writes a PIL image. The name's ending decides the format. OSError for an unknown one."""
     with model.replacing(path) as file:
-        picture.save(file, PICTURES[Path(path).suffix.lower()])
+        picture.save(file, Image.registered_extensions().get(Path(path).suffix.lower()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,53 +288,50 @@ def save_picture(picture, path):
 
 def add_shared_arguments(parser, precision):
     """The arguments that train.py takes as well; `precision`: the default of --precision."""
-    parser.add_argument("--data", default="data", metavar="DIR", help="the data folder")
-    parser.add_argument("--vision-weights", metavar="FILE",
-                        help="the vision tower's file (default: its published name in pretrained/)")
-    parser.add_argument("--text-weights", metavar="FILE", help="the text tower's file, likewise")
-    parser.add_argument("--vocabulary", metavar="FILE", help="the tokenizer's file, likewise")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default=precision,
-                        help="auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPUs "
-                             "(default: %(default)s)")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        default=4 if torch.cuda.is_available() else 0,
-                        help="loader processes beside every training or evaluating one")
-    parser.add_argument("--skip-broken", action="store_true",
-                        help="leave out broken photos and entries, and count them")
+    add = parser.add_argument
+    add("--data", default="data", metavar="DIR", help="the data folder")
+    add("--vision-weights", metavar="FILE",
+        help="the vision tower's file (default: its published name in pretrained/)")
+    add("--text-weights", metavar="FILE", help="the text tower's file, likewise")
+    add("--vocabulary", metavar="FILE", help="the tokenizer's file, likewise")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default=precision,
+        help="auto: bf16 or fp16 on GPUs, fp32 on CPUs (default: %(default)s)")
+    add("--workers", type=int, metavar="N", default=4 if torch.cuda.is_available() else 0,
+        help="loader processes beside every training or evaluating one")
+    add("--skip-broken", action="store_true",
+        help="leave out broken photos and entries, and count them")
 
 
 def parse_arguments():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--dataset", metavar="NAME",
-                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, shapes, shapes-b "
-                             "or a folder of DATA (default: what the checkpoint was trained on)")
-    parser.add_argument("--split", nargs="+", metavar="SPLIT", help="default: all but train")
-    parser.add_argument("--json", metavar="OUT.json", help="also write the figures here")
-    parser.add_argument("--panel", metavar="OUT.png", help="also draw examples of the first split")
-    parser.add_argument("--image", metavar="PHOTO", help="one photo instead of a data set")
-    parser.add_argument("--text", metavar="WORDS", help="which object of the photo to segment")
-    parser.add_argument("--output", metavar="OUT.png", help="the picture to make of it")
-    parser.add_argument("--length", type=int, metavar="N",
-                        help="tokens per expression (default: as in training; for checkpoints of "
-                             "the authors' programs 17, on G-Ref 22)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, metavar="FILE")
+    add("--dataset", metavar="NAME",
+        help="refcoco, refcoco+, refcocog-umd, refcocog-google, shapes, shapes-b or a folder of "
+             "DATA (default: what the checkpoint was trained on)")
+    add("--split", nargs="+", metavar="SPLIT", help="default: all but train")
+    add("--json", metavar="OUT.json", help="also write the figures here")
+    add("--panel", metavar="OUT.png", help="also draw examples of the first split")
+    add("--image", metavar="PHOTO", help="one photo instead of a data set")
+    add("--text", metavar="WORDS", help="which object of the photo to segment")
+    add("--output", metavar="OUT.png", help="the picture to make of it")
+    add("--length", type=int, metavar="N",
+        help="tokens per expression (default: as in training; released checkpoints: 17, G-Ref 22)")
+    add("--batch-size", type=int, default=16, metavar="N")
     add_shared_arguments(parser, precision="fp32")
     args = parser.parse_args()
     one_photo = (args.image, args.text, args.output)
-    if any(one_photo) and (None in one_photo or len(args.ckpt) > 1):
-        parser.error("one photo takes --image, --text, --output and a single --ckpt")
-    if args.image and (args.json or args.panel or args.split or args.dataset):
-        parser.error("--json, --panel, --split and --dataset have no meaning for one photo")
+    many = len(args.ckpt) > 1 or args.json or args.panel or args.split or args.dataset
+    if any(one_photo) and (None in one_photo or many):
+        parser.error("one photo takes --image, --text, --output and one --ckpt; --json, --panel, "
+                     "--split and --dataset have no meaning for one photo")
     if not 3 <= (args.length or 17) <= 77 or args.batch_size < 1 or args.workers < 0:
         parser.error("--length is from 3 to 77, --batch-size at least 1, --workers at least 0")
-    inputs = [args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary]
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
+    inputs = (args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary)
     for path in filter(None, (args.json, args.panel, args.output, args.mask)):
         if os.path.realpath(path) in map(os.path.realpath, filter(None, inputs)):
-            parser.error(f"{path} would be written over an input of this call")
-        if path != args.json and Path(path).suffix.lower() not in PICTURES:
-            parser.error(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
+            parser.error(f"{path} would be written over an input")
     return args
 
 
@@ -403,16 +388,12 @@ def from_all(thing, world):
 
 
 def precision_type(precision, device):
-    """The type of mixed precision: None (single), bfloat16 or float16.
-
-    `auto` is bfloat16 where a GPU has it, float16 on older ones, single precision on CPUs.
-    """
-    if precision == "auto":
-        if device.type == "cpu":
-            return None
+    """The type of mixed precision, or None for single. `auto` is single on CPUs, bfloat16 on GPUs
+    that have it, and float16 on older ones."""
+    if precision == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        precision = "bf16" if native else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 def autocast(device, dtype):
