@@ -23,12 +23,11 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -64,8 +63,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     and counts every expression once. All of them get the full table.
     """
     net.eval()
-    batches = [range(i, min(i + batch_size, len(dataset)))
-               for i in range(0, len(dataset), batch_size)]
+    batches = [range(len(dataset))[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
     loader = DataLoader(dataset, batch_sampler=batches[rank::world], num_workers=workers,
                         collate_fn=collate)
     rows = []
@@ -111,7 +109,7 @@ def metrics(table):
 def predict(net, tokenizer, photo, text, device, dtype=None):
     """The mask (bool, numpy) of the object that `text` refers to, at the size of the RGB photo.
 
-    `device`, a torch.device, is the one that `net` is on. Raises DataError for an empty text.
+    `device` is the torch.device that `net` is on. Raises DataError for an empty text.
     """
     if not data.clean(text):
         raise data.DataError("the expression is empty; say which object to segment")
@@ -131,8 +129,8 @@ def predict_one(args, device, dtype):
     mask = predict(net, tokenizer, photo, args.text, device, dtype)
     save_picture(singled_out(photo, mask), args.output)
     save_picture(Image.fromarray(mask.astype(np.uint8) * 255), args.mask)
-    print(f"{args.output}: the photo with its mask; {args.mask}: the mask alone, {photo.width}x"
-          f"{photo.height}, {100 * mask.mean():.1f}% of the pixels")
+    print(f"{args.output}: the photo with its mask, {100 * mask.mean():.1f}% of the pixels; "
+          f"{args.mask}: the mask alone")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ def evaluate_all(args, rank, world, device, dtype):
         run, released = checkpoint["run"], "released" in checkpoint
         name = args.dataset or run.get("dataset")
         if name in (None, "mixed"):
-            raise data.DataError(f"{path} was trained on {name or 'unknown data'}; choose what to "
+            raise data.DataError(f"{path}: its data set is {name or 'unknown'}; choose one to "
                                  f"evaluate it on, e.g. --dataset refcoco")
         usual = data.LENGTHS.get(name, 17) if released else net.config.length
         about = [path, run.get("preset", "released " * released + net.config.method),
@@ -173,11 +171,11 @@ def evaluate_all(args, rank, world, device, dtype):
                 print("|---|---|---:|---|" + "---:|" * (4 + len(LEVELS)))
             *percentages, expressions = figures.values()
             print(table_row(*about, split, expressions, *percentages, time), flush=True)
-            if args.panel and not results:
-                save_picture(panel(net, dataset, device, dtype), args.panel)
             results.setdefault(path, {})[split] = figures
             if args.json:
                 save_json(results, args.json)
+            if args.panel and len(results) == len(results[path]) == 1:
+                save_picture(panel(net, dataset, device, dtype), args.panel)
 
 
 def load_checkpoint(path, args, device):
@@ -191,7 +189,7 @@ def load_checkpoint(path, args, device):
 
 
 def make_tokenizer(vocabulary, config):
-    """The tokenizer of a vocabulary (file or bytes). ConfigError if the text tower has fewer ids."""
+    """The tokenizer of a file, or its bytes. ConfigError if the text tower has fewer entries."""
     tokenizer, most = data.Tokenizer(vocabulary), model.TEXT[config.text].vocabulary
     if tokenizer.size > most:
         raise model.ConfigError(f"the vocabulary has {tokenizer.size} entries, the text tower "
@@ -231,13 +229,10 @@ def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
             sentence = sentence[:-2].rstrip("…") + "…"
         pen.text((left + 4, top + 2), sentence, "black", font)
         pen.text((left + 3 * tile + 16, top + 2), f"IoU {100 * iou:.1f}", "black", font, "ra")
-        pictures = photo, singled_out(photo, truth), singled_out(photo, predicted)
-        for k, shown in enumerate(pictures):
-            scale = tile / max(shown.size)
-            shown = shown.resize([max(1, round(side * scale)) for side in shown.size],
-                                 Image.Resampling.BICUBIC)
-            sheet.paste(shown, (left + k * (tile + 10) + (tile - shown.width) // 2,
-                                top + 26 + (tile - shown.height) // 2))
+        masked = [singled_out(photo, mask) for mask in (truth, predicted)]
+        for k, picture in enumerate((photo, *masked)):
+            picture = ImageOps.pad(picture, (tile, tile), color="white")
+            sheet.paste(picture, (left + k * (tile + 10), top + 26))
     return sheet
 
 
@@ -279,7 +274,7 @@ def curves(log, width=420, height=260):
 def save_picture(picture, path):
     """Writes a PIL image. The name's ending decides the format. OSError for an unknown one."""
     with model.replacing(path) as file:
-        picture.save(file, Image.registered_extensions().get(Path(path).suffix.lower()))
+        picture.save(file, Image.registered_extensions().get(os.path.splitext(path)[1].lower()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,10 +323,10 @@ def parse_arguments():
     if not 3 <= (args.length or 17) <= 77 or args.batch_size < 1 or args.workers < 0:
         parser.error("--length is from 3 to 77, --batch-size at least 1, --workers at least 0")
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
-    inputs = (args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary)
-    for path in filter(None, (args.json, args.panel, args.output, args.mask)):
-        if os.path.realpath(path) in map(os.path.realpath, filter(None, inputs)):
-            parser.error(f"{path} would be written over an input")
+    outputs = {args.json, args.panel, args.output, args.mask} - {None}
+    inputs = {args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary}
+    if {*map(os.path.realpath, outputs)} & {*map(os.path.realpath, inputs - {None})}:
+        parser.error("an output would be written over an input")
     return args
 
 
@@ -340,9 +335,8 @@ def main():
         args = parse_arguments()
         dtype = precision_type(args.precision, device)
         if args.image:
-            predict_one(args, device, dtype)
-        else:
-            evaluate_all(args, rank, world, device, dtype)
+            return predict_one(args, device, dtype)
+        evaluate_all(args, rank, world, device, dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,10 +345,10 @@ def main():
 
 @contextlib.contextmanager
 def processes():
-    """Joins the processes that torchrun started, if it did. Yields rank, world size and device.
+    """Joins torchrun's processes, if there are some. Yields rank, world size and device.
 
-    The device comes from the local rank, so several machines work; NCCL on GPUs, gloo on CPUs.
-    If one process fails, all end, and only the first to fail prints its error.
+    The local rank chooses the GPU, so several machines work. If one process fails, all end, and
+    only the first to fail prints its error.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -424,16 +418,14 @@ def report_error(error, aloud=True):
     if isinstance(error, BAD_INPUT):
         # The error of a loader's worker contains a traceback, and the error as its last line.
         text = text.strip().splitlines()[-1].removeprefix("data.DataError: ")
-    elif isinstance(error, dist.DistError) or "gloo" in text:
-        text = "lost another process, which ended without a message (killed?)"
-    elif text.startswith("DataLoader worker"):
-        text = "a process of the loader was killed (out of memory? try fewer --workers)"
+    elif isinstance(error, dist.DistError) or "gloo" in text or "DataLoader worker" in text:
+        text = "lost another process, which was killed (out of memory? try fewer --workers)"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         text = "out of memory; try a smaller --batch-size or, in training, --micro-batch"
     else:
         text = "".join(traceback.format_exception(error)).strip()
     if aloud:
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
     return 2 if isinstance(error, BAD_INPUT) else 1
 
 
