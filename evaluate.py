@@ -323,10 +323,11 @@ def parse_arguments():
     if not 3 <= (args.length or 17) <= 77 or args.batch_size < 1 or args.workers < 0:
         parser.error("--length is from 3 to 77, --batch-size at least 1, --workers at least 0")
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
-    outputs = {args.json, args.panel, args.output, args.mask} - {None}
-    inputs = {args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary}
-    if {*map(os.path.realpath, outputs)} & {*map(os.path.realpath, inputs - {None})}:
-        parser.error("an output would be written over an input")
+    inputs = (args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary)
+    inputs = [os.path.realpath(path) for path in inputs if path]
+    for path in filter(None, (args.json, args.panel, args.output, args.mask)):
+        if os.path.exists(path) and (os.path.realpath(path) in inputs or not os.path.isfile(path)):
+            parser.error(f"{path} is an input, or not a file; write to another place")
     return args
 
 
@@ -358,6 +359,8 @@ def processes():
         yield 0, 1, device
         return
     store, rank, world = next(dist.rendezvous("env://"))
+    # A restart by torchrun must not read the addresses that the last attempt left in the store.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                             world_size=world)
     try:
