@@ -2514,10 +2514,8 @@ class Metrics(unittest.TestCase):
         self.assertEqual(found["expressions"], 4)
 
     def test_probabilities_keep_the_corners(self):
-        """The interpolation aligns corners, as in the authors' programs."""
-        logits = torch.randn(2, 1, 8, 8)
-        found = evaluate.probabilities(lambda images, tokens: logits, torch.zeros(
-            2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 17), CPU, None)
+        logits, images = torch.randn(2, 1, 8, 8), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        found = evaluate.probabilities(lambda *_: logits, images, torch.zeros(2, 17), CPU, None)
         corners = logits.sigmoid()[:, 0, ::7, ::7]
         self.assertTrue(torch.allclose(found[:, ::31, ::31], corners, atol=1e-6))
 
@@ -2540,86 +2538,75 @@ class Evaluating(unittest.TestCase):
     def setUpClass(cls):
         place = tempfile.TemporaryDirectory()
         cls.addClassCleanup(place.cleanup)
-        cls.root = Path(place.name)
-        shapes = data.draw_shapes(cls.root / "data", TINY)
-        torch.manual_seed(1)
+        cls.root, cls.ckpt = Path(place.name), Path(place.name, "net.pt")
+        cls.tokenizer = data.Tokenizer(data.draw_shapes(cls.root / "data", TINY) / "merges.txt")
         cls.net = model.build("shapes", head_width=32, head_heads=2, head_layers=1)
-        with torch.no_grad():
-            for parameter in cls.net.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-        cls.tokenizer = data.Tokenizer(shapes / "merges.txt")
-        model.save(cls.root / "net.pt", cls.net, run={"dataset": "shapes"},
-                   vocabulary={"text": (shapes / "merges.txt").read_text()})
-        cls.refs = data.read_split(cls.root / "data", "shapes", "val")[0]
-        cls.broken = Path(cls.refs[-1].image)
-        cls.broken.write_bytes(b"no photo")
-        cls.common = ["--ckpt", cls.root / "net.pt", "--data", cls.root / "data"]
+        cls.net.load_state_dict(shake(copy.deepcopy(cls.net)).state_dict())
+        model.save(cls.ckpt, cls.net, run={"dataset": "shapes"},
+                   vocabulary={"text": cls.tokenizer.text})
+        *cls.refs, cls.last = data.read_split(cls.root / "data", "shapes", "val")[0]
+        Path(cls.last.image).write_bytes(b"no photo")
+        cls.common = ["--ckpt", cls.ckpt, "--data", cls.root / "data"]
 
     def test_any_number_of_processes_finds_the_figures_of_predict(self):
         rows, found = [], []
-        for ref in self.refs:
-            for sentence in ref.sentences if Path(ref.image) != self.broken else ():
-                photo, mask = data.read_pair(ref)
+        for ref in (ref for ref in self.refs if ref.image != self.last.image):
+            photo, mask = data.read_pair(ref)
+            for sentence in ref.sentences:
                 predicted = evaluate.predict(self.net, self.tokenizer, photo, sentence, CPU)
                 truth = mask.numpy() > 0
                 rows.append((len(rows), (predicted & truth).sum(), (predicted | truth).sum()))
-        expected = evaluate.metrics(np.array(rows))
-        self.assertGreater(expected["miou"], 1)
         for world in (1, 2, 3):
-            file = self.root / f"{world}.json"
+            file, panel = self.root / f"{world}.json", self.root / f"{world}.png"
             children = begin(self.root, [
                 *self.common, "--split", "val", "test", "--skip-broken", "--batch-size", 3,
-                "--json", file, "--panel", self.root / "panel.png"], None, world, "evaluate")
+                "--json", file, "--panel", panel], None, world, "evaluate")
             for child in children:
                 child.join(60)
             printed = (self.root / "0.txt").read_text()
             self.assertEqual([child.exitcode for child in children], [0] * world, printed)
             self.assertRegex(printed, r"left out 0 .* and \d+ expressions with a broken photo")
             self.assertRegex(printed, r"\| val \| \d+ \| \d+\.\d\d \|(.|\n)+\| test \|")
-            self.assertEqual(Image.open(self.root / "panel.png").width, 2 * 580)
-            found.append(json.loads(file.read_text())[str(self.root / "net.pt")])
+            self.assertEqual(Image.open(panel).width, 2 * 580)
+            found.append(json.loads(file.read_text())[str(self.ckpt)])
             self.assertEqual(found[0], found[-1])
+        expected = evaluate.metrics(np.array(rows))
+        self.assertGreater(expected["miou"], 1)
         for key, value in expected.items():     # from batches of one expression: other rounding
             self.assertAlmostEqual(found[0]["val"][key], value, delta=0.1, msg=key)
 
     def test_one_photo(self):
-        ref, out = self.refs[0], self.root / "out.jpg"
-        status, _, err = program(evaluate, *self.common, "--image", ref.image, "--text",
-                                 "the circle", "--output", out)
+        path, out = self.refs[0].image, self.root / "out.png"
+        status, _, err = program(evaluate, "--ckpt", self.ckpt, "--image", path, "--output", out,
+                                 "--text", "the circle")
         self.assertEqual(status, 0, err)
-        photo = data.read_photo(ref.image)
-        mask = evaluate.predict(self.net, self.tokenizer, photo, "the circle", CPU)
-        self.assertEqual(Image.open(out).size, photo.size)
-        plain = np.asarray(Image.open(self.root / "out-mask.png"))
+        photo, shown, plain = (np.asarray(Image.open(file)) for file in (
+            path, out, self.root / "out-mask.png"))
+        mask = evaluate.predict(self.net, self.tokenizer, Image.open(path), "the circle", CPU)
         self.assertTrue(np.array_equal(plain, mask * np.uint8(255)))
-        shown = np.asarray(evaluate.singled_out(photo, mask))
-        self.assertTrue(np.array_equal(shown[mask], np.asarray(photo)[mask]))
-        self.assertTrue((shown[~mask] >= 170).all())
+        self.assertTrue(np.array_equal(shown[mask], photo[mask]) and (shown[~mask] >= 170).all())
 
     def test_bad_input_gets_one_line_and_status_2(self):
-        ckpt, place = self.root / "net.pt", folder(self)
-        (place / "cut.pt").write_bytes(ckpt.read_bytes()[:4000])
-        one = ["--image", self.refs[0].image, "--text", "it", "--output", place / "o.png"]
+        place, photo = folder(self), self.refs[0].image
+        (place / "cut.pt").write_bytes(self.ckpt.read_bytes()[:4000])
+        one = ["--image", photo, "--text", "it", "--output", place / "o.png"]
         for arguments, message in (
                 (["--ckpt", place / "cut.pt"], "cut.pt: not a readable"),
-                (["--ckpt", place / "no.pt"], "no.pt: no such checkpoint"),
-                (["--split", "testC"], "no split 'testC'; found"),
-                (["--data", place], "no data set 'shapes'"),
+                (["--split", "testC"], "no split 'testC'; found"), (one[2:], "one photo takes"),
                 (["--dataset", "mixed"], "choose one to evaluate it on"),
-                (["--split", "val", "--workers", 1], f"{self.broken}: not an image"),
-                (["--json", ckpt], "net.pt is an input"), (["--json", "/dev/null"], "not a file"),
+                (["--split", "val", "--workers", 1], f"{self.last.image}: not an image"),
+                (["--json", self.ckpt], "net.pt is an input"), (["--json", "/dev/null"], "not a f"),
                 (["--length", 99], "from 3 to 77"), (["--flag"], "arguments: --flag; --help"),
-                ([*one, "--image", self.broken], "not an image"),
-                ([*one, "--output", self.refs[0].image], "is an input"),
+                ([*one, "--image", self.last.image], "not an image"),
+                ([*one, "--output", photo], "is an input"),
                 ([*one, "--output", place / "o.cat"], "o.cat: could not be written: unknown file"),
                 ([*one, "--split", "val"], "no meaning for one photo"),
-                (one[2:], "one photo takes"), ([*one, "--text", " &nbsp; "], "the expression is empty")):
-            with self.subTest(arguments=arguments):
-                status, out, err = program(evaluate, *self.common, *arguments)
-                lines = [line for line in err.replace("\r", "\n").splitlines()
-                         if line.strip() and not line.startswith("shapes val:")]
-                self.assertEqual((status, out, len(lines)), (2, "", 1), err)
-                self.assertRegex(lines[0], message)
+                ([*one, "--text", " &nbsp; "], "the expression is empty")):
+            status, out, err = program(evaluate, *self.common, *arguments)
+            lines = [line for line in err.replace("\r", "\n").splitlines()
+                     if line.strip() and not line.startswith("shapes val:")]
+            self.assertEqual((status, out, len(lines)), (2, "", 1), err)
+            self.assertRegex(lines[0], f"evaluate.py: .*{message}")
         self.assertEqual({path.name for path in place.iterdir()}, {"cut.pt"})
 
 
