@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -64,8 +63,8 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     """
     net.eval()
     batches = [range(len(dataset))[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches[rank::world], num_workers=workers,
-                        collate_fn=collate)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[rank::world],
+                                         num_workers=workers, collate_fn=collate)
     rows = []
     progress = tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0)
     for images, tokens, masks, indices in filter(None, progress):
@@ -83,7 +82,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
 
 
 def collate(samples):
-    """Images and tokens as a batch, masks and indices as lists; without broken samples (None)."""
+    """A batch: images and tokens stacked, masks and indices as lists, broken samples (None) left out."""
     samples = [sample for sample in samples if sample is not None]
     images, tokens, masks, indices = ([sample[key] for sample in samples]
                                       for key in ("image", "tokens", "mask", "index"))
@@ -91,7 +90,8 @@ def collate(samples):
 
 
 def metrics(table):
-    """mIoU, oIoU and P@0.5 to P@0.9, percent, and the number of expressions, of `overlaps`."""
+    """The figures of a table from `overlaps`: mIoU, oIoU and P@0.5 to P@0.9 in percent, and the
+    number of expressions. Raises DataError for an empty table."""
     _, intersections, unions = table.T
     if not len(table):
         raise data.DataError("no expression could be evaluated: every photo is broken")
@@ -138,8 +138,8 @@ def predict_one(args, device, dtype):
 # ---------------------------------------------------------------------------------------------
 
 def evaluate_all(args, rank, world, device, dtype):
-    """Evaluates checkpoints on splits. Every result is at once a row of the Markdown table, and in
-    the file of --json: {checkpoint: {split: metrics}}."""
+    """Evaluates checkpoints on splits. Prints the row of a Markdown table and writes --json,
+    {checkpoint: {split: metrics}}, after every split."""
     results = {}
     for path in args.ckpt:
         net, tokenizer, checkpoint = load_checkpoint(path, args, device)
@@ -244,7 +244,7 @@ def singled_out(photo, mask):
 
 
 def curves(log, width=420, height=260):
-    """A picture of a run: loss, mIoU and oIoU of each epoch, which are the keys of a `log` row."""
+    """A picture of a run by epoch. `log`: a dictionary an epoch, with epoch, loss, miou, oiou."""
     font = ImageFont.load_default(13)
     sheet = Image.new("RGB", (2 * width, height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -316,10 +316,9 @@ def parse_arguments():
     add_shared_arguments(parser, precision="fp32")
     args = parser.parse_args()
     one_photo = (args.image, args.text, args.output)
-    many = len(args.ckpt) > 1 or args.json or args.panel or args.split or args.dataset
-    if any(one_photo) and (None in one_photo or many):
-        parser.error("one photo takes --image, --text, --output and one --ckpt; --json, --panel, "
-                     "--split and --dataset have no meaning for one photo")
+    whole_splits = len(args.ckpt) > 1 or args.json or args.panel or args.split or args.dataset
+    if any(one_photo) and (None in one_photo or whole_splits):
+        parser.error("one photo takes --image, --text, --output and one --ckpt, nothing of a split")
     if not 3 <= (args.length or 17) <= 77 or args.batch_size < 1 or args.workers < 0:
         parser.error("--length is from 3 to 77, --batch-size at least 1, --workers at least 0")
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
@@ -365,7 +364,7 @@ def processes():
                             world_size=world)
     try:
         yield rank, world, device
-        dist.barrier()                  # all wait until the first process has saved its files
+        dist.barrier()                  # all wait until rank 0 has saved its files
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)   # torchrun sends it when another has ended
         status = report_error(error, aloud=store.add("failures", 1) == 1)
@@ -376,7 +375,7 @@ def processes():
 
 
 def from_all(thing, world):
-    """The list of what each process passes as `thing`, in all processes."""
+    """Every process gets the list of what all processes passed as `thing`, in order of rank."""
     if world == 1:
         return [thing]
     things = [None] * world
@@ -421,7 +420,8 @@ def report_error(error, aloud=True):
     if isinstance(error, BAD_INPUT):
         # The error of a loader's worker contains a traceback, and the error as its last line.
         text = text.strip().splitlines()[-1].removeprefix("data.DataError: ")
-    elif isinstance(error, dist.DistError) or "gloo" in text or "DataLoader worker" in text:
+    elif (isinstance(error, dist.DistError) or "gloo" in text
+          or text.startswith("DataLoader worker")):
         text = "lost another process, which was killed (out of memory? try fewer --workers)"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         text = "out of memory; try a smaller --batch-size or, in training, --micro-batch"

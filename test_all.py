@@ -2600,7 +2600,7 @@ class Evaluating(unittest.TestCase):
                 ([*one, "--image", self.last.image], "not an image"),
                 ([*one, "--output", photo], "is an input"),
                 ([*one, "--output", place / "o.cat"], "o.cat: could not be written: unknown file"),
-                ([*one, "--split", "val"], "no meaning for one photo"),
+                ([*one, "--split", "val"], "nothing of a split"),
                 ([*one, "--text", " &nbsp; "], "the expression is empty")):
             status, out, err = program(evaluate, *self.common, *arguments)
             lines = [line for line in err.replace("\r", "\n").splitlines()
