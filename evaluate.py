@@ -82,7 +82,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
 
 
 def collate(samples):
-    """A batch: images and tokens stacked, masks and indices as lists, broken samples (None) left out."""
+    """Images and tokens stacked, masks and indices as lists. Broken samples (None) are left out."""
     samples = [sample for sample in samples if sample is not None]
     images, tokens, masks, indices = ([sample[key] for sample in samples]
                                       for key in ("image", "tokens", "mask", "index"))
@@ -422,7 +422,7 @@ def report_error(error, aloud=True):
         text = text.strip().splitlines()[-1].removeprefix("data.DataError: ")
     elif (isinstance(error, dist.DistError) or "gloo" in text
           or text.startswith("DataLoader worker")):
-        text = "lost another process, which was killed (out of memory? try fewer --workers)"
+        text = "lost another process, which ended silently (out of memory? try fewer --workers)"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         text = "out of memory; try a smaller --batch-size or, in training, --micro-batch"
     else:
