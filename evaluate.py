@@ -252,21 +252,19 @@ def curves(log, width=420, height=260):
                            (width, [("miou", "mIoU on val", "#d63031"),
                                     ("oiou", "oIoU on val", "#279a4a")])):
         left, top, right, bottom = origin + 50, 30, origin + width - 20, height - 40
-        values = [row[key] for row in log for key, *_ in series]
-        low, high = min(0.0, *values), max([*values, 1e-9]) * 1.05
+        highest = 1.05 * max(1e-9, *(row[key] for row in log for key, *_ in series))
         pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
         for share in (0, 0.5, 1):
             y = bottom - share * (bottom - top)
-            pen.text((left - 6, y), f"{low + share * (high - low):.3g}", "#555555", font, "rm")
+            pen.text((left - 6, y), f"{share * highest:.3g}", "#555555", font, "rm")
         pen.text((left, bottom + 8), "epoch 1", "#555555", font)
         pen.text((right, bottom + 8), str(log[-1]["epoch"]), "#555555", font, "ra")
         for i, (key, name, colour) in enumerate(series):
             points = [(left + (right - left) * k / max(1, len(log) - 1),
-                       bottom - (row[key] - low) / (high - low) * (bottom - top))
-                      for k, row in enumerate(log)]
+                       bottom - (bottom - top) * row[key] / highest) for k, row in enumerate(log)]
             pen.line(points, colour, 2)
-            for x, y in points:
-                pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+            for point in points:
+                pen.circle(point, 2, colour)
             pen.text((left + 110 * i, 8), name, colour, font)
     return sheet
 
