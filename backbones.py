@@ -42,58 +42,8 @@ class WeightsError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# Linear layers and attention
+# The transformer block
 # ---------------------------------------------------------------------------------------------
-
-# PyTorch's products call MKL, which on AMD's CPUs leaves half of each vector unit idle. oneDNN's
-# linear layer, the one torch.compile uses, fills it. (Intel's CPUs with AVX-512 take it, too;
-# whether that helps them was not measured.)
-ONEDNN_LINEAR = None
-if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
-    ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise
-
-
-def onednn_linear(x, weight, bias=None):
-    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")   # no activation after it
-
-
-class LinearByOneDNN(torch.autograd.Function):
-    """x (..., I), weight (O, I) and bias (O,) or None to x weight^T + bias, (..., O)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # frozen: keeps no x
-        return onednn_linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
-        x_learns, weight_learns, bias_learns = ctx.needs_input_grad
-        return (onednn_linear(gradient, weight.t()) if x_learns else None,
-                onednn_linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if weight_learns else None,
-                rows.sum(0) if bias_learns else None)
-
-
-def linear(x, weight, bias=None):
-    """`F.linear`, or oneDNN's for large layers: x (..., I), weight (O, I), bias (O,) to (..., O).
-
-    Below 2^23 multiplications our own autograd function costs more than oneDNN saves. `F.linear`
-    does autocast's casting, and says clearly what is wrong with sizes that do not fit.
-    """
-    if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and x.numel() * len(weight) >= 2**23 and x.shape[-1] == weight.shape[1]
-            and not torch.is_autocast_enabled("cpu")):
-        return LinearByOneDNN.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """PyTorch's layer, computed by `linear`."""
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
 
 def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0):
     """softmax(q k^T / sqrt(D/heads)) v for each head: q (B, N, D), k and v (B, M, D) to (B, N, D).
@@ -115,58 +65,6 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
     return x.transpose(1, 2).flatten(2)
 
 
-class UnfusedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
-
-    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its own backward: it
-    keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
-    times: plain, masked, and the mask in their type.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, visible, dropout):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)            # (B, heads, N, M)
-        if visible is not None:
-            scores.masked_fill_(~visible, -torch.inf)
-        weights, dropped, ctx.rescale = scores.softmax(-1), None, 1.0
-        if dropout:
-            # Random numbers cost most, so each one of 64 bits is cut into four, one a weight. That
-            # rounds the share to a multiple of 2^-16, below 1.
-            threshold = min(round(dropout * 2**16), 2**16 - 1)
-            bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
-            dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
-            ctx.rescale = 1 / (1 - threshold / 2**16)
-        out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.rescale)
-        ctx.save_for_backward(q, k, v, weights, dropped, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        q, k, v, weights, dropped, out = ctx.saved_tensors
-        scale, rescaled = q.shape[-1] ** -0.5, gradient * ctx.rescale
-        used = weights if dropped is None else weights.masked_fill(dropped, 0)
-        to_v, to_scores = used.transpose(-1, -2) @ rescaled, rescaled @ v.transpose(-1, -2)
-        if dropped is not None:
-            to_scores.masked_fill_(dropped, 0)
-        # A softmax's backward subtracts from each row the sum of its weights times their gradients,
-        # which is the sum over the channels of what came out times its gradient.
-        to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
-        return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
-
-
-def rotate(x, cos, sin):
-    """Rotary positions: turns pairs of channels of the image's tokens, which are the last ones.
-
-    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.rotary_tables`'s. Whatever
-    stands before the image has no place in it and stays as it is.
-    """
-    others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
-    first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
-    quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # turned by 90 degrees
-    return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
-
-
 class MultiheadAttention(nn.MultiheadAttention):
     """The parameters of PyTorch's layer, computed by `linear` and `attend`.
 
@@ -185,49 +83,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         return linear(x, self.out_proj.weight, self.out_proj.bias)
 
 
-# ---------------------------------------------------------------------------------------------
-# The transformer block
-# ---------------------------------------------------------------------------------------------
-
-def unchanged(x):
-    return x
-
-
-class Attached(NamedTuple):
-    """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
-    attention_shortcut: Callable = unchanged    # stands on the skip connection of the attention
-    mlp_shortcut: Callable = unchanged          # stands on the skip connection of the MLP
-    beside_mlp: Callable | None = None          # added to the MLP, before LayerScale; normed input
-
-
-NOTHING = Attached()
-
-
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-class Family(NamedTuple):
-    """What sets one family of towers apart from another, besides its numbers."""
-    activation: Callable
-    eps: float = 1e-5               # of the LayerNorms
-    causal: bool = False            # a token sees itself and those before it
-    layer_scale: bool = False       # a learned factor per channel at the end of both branches
-    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
-    norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
-    mask_token: bool = False        # of self-supervised pretraining
-    antialias: bool = False         # when the grid of positions is resized
-
-
-FAMILIES = {
-    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
-    "clip": Family(quick_gelu, norm_before=True),
-    "eva": Family(F.silu, eps=1e-6, eva=True),
-    "clip text": Family(quick_gelu, causal=True),
-    "eva text": Family(F.gelu, causal=True),
-}
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused query-key-value layer."""
 
@@ -241,23 +96,6 @@ class Attention(nn.Module):
         return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, rotary))
 
 
-class InnerNormAttention(nn.Module):
-    """EVA-02's: keys have no bias, and a LayerNorm stands before the output layer."""
-
-    def __init__(self, width, heads, eps):
-        super().__init__()
-        self.heads = heads
-        self.query = Linear(width, width)
-        self.key = Linear(width, width, bias=False)
-        self.value = Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
-        self.out = Linear(width, width)
-
-    def forward(self, x, causal=False, rotary=None):
-        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
-        return self.out(self.norm(x))
-
-
 class MLP(nn.Module):
     def __init__(self, width, activation):
         super().__init__()
@@ -269,22 +107,6 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
-class GatedMLP(nn.Module):
-    """EVA-02's SwiGLU, with a LayerNorm before the last layer."""
-
-    def __init__(self, width, activation, eps):
-        super().__init__()
-        hidden = 8 * width // 3         # three matrices as large as the two of an ordinary MLP
-        self.gate = Linear(width, hidden)
-        self.up = Linear(width, hidden)
-        self.activation = activation
-        self.norm = nn.LayerNorm(hidden, eps)
-        self.down = Linear(hidden, width)
-
-    def forward(self, x):
-        return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
-
-
 class LayerScale(nn.Module):
     """A learned factor per channel (DINOv2)."""
 
@@ -294,6 +116,20 @@ class LayerScale(nn.Module):
 
     def forward(self, x):
         return x * self.gamma
+
+
+def unchanged(x):
+    return x
+
+
+class Attached(NamedTuple):
+    """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
+    attention_shortcut: Callable = unchanged    # stands on the skip connection of the attention
+    mlp_shortcut: Callable = unchanged          # stands on the skip connection of the MLP
+    beside_mlp: Callable | None = None          # added to the MLP, before LayerScale; normed input
+
+
+NOTHING = Attached()
 
 
 class Block(nn.Module):
@@ -322,50 +158,8 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# The two towers
+# The vision transformer
 # ---------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class VisionShape:
-    """The numbers that fix a vision tower; `load_vision` reads them off a file's tensors."""
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    grid: int               # side of the grid of learned positions
-    registers: int = 0
-    embed: int = 0          # width of the space shared with the text, where there is one
-    family: str = "dinov2"  # a name in FAMILIES
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """The numbers that fix a text tower; `load_text` reads them off a file's tensors."""
-    width: int
-    depth: int
-    heads: int
-    embed: int              # width of the projected sentence
-    vocabulary: int
-    positions: int          # longest text, in tokens
-    family: str = "clip text"
-
-
-VISION = {
-    "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
-    "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
-    "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="clip"),
-    "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, family="clip"),
-    "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="eva"),
-    "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
-    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, family="clip"),
-}
-TEXT = {
-    "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
-    "clip-l": TextShape(768, 12, 12, embed=768, vocabulary=49408, positions=77),
-    "eva-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77, family="eva text"),
-    "small": TextShape(96, 2, 3, embed=96, vocabulary=1024, positions=32),
-}
-
 
 class ViT(nn.Module):
     """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its family.
@@ -486,6 +280,10 @@ class ViT(nn.Module):
         return self.final(x)
 
 
+# ---------------------------------------------------------------------------------------------
+# The text transformer, and freezing
+# ---------------------------------------------------------------------------------------------
+
 class TextTransformer(nn.Module):
     """CLIP's causal text transformer, and EVA-02-CLIP's, which differs by its activation.
 
@@ -564,7 +362,127 @@ def unfreeze(tower):
 
 
 # ---------------------------------------------------------------------------------------------
-# Published weights
+# EVA-02's variants
+# ---------------------------------------------------------------------------------------------
+
+def rotate(x, cos, sin):
+    """Rotary positions: turns pairs of channels of the image's tokens, which are the last ones.
+
+    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.rotary_tables`'s. Whatever
+    stands before the image has no place in it and stays as it is.
+    """
+    others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
+    first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
+    quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # turned by 90 degrees
+    return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
+
+
+class InnerNormAttention(nn.Module):
+    """EVA-02's: keys have no bias, and a LayerNorm stands before the output layer."""
+
+    def __init__(self, width, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.query = Linear(width, width)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.out = Linear(width, width)
+
+    def forward(self, x, causal=False, rotary=None):
+        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
+        return self.out(self.norm(x))
+
+
+class GatedMLP(nn.Module):
+    """EVA-02's SwiGLU, with a LayerNorm before the last layer."""
+
+    def __init__(self, width, activation, eps):
+        super().__init__()
+        hidden = 8 * width // 3         # three matrices as large as the two of an ordinary MLP
+        self.gate = Linear(width, hidden)
+        self.up = Linear(width, hidden)
+        self.activation = activation
+        self.norm = nn.LayerNorm(hidden, eps)
+        self.down = Linear(hidden, width)
+
+    def forward(self, x):
+        return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Families and shapes
+# ---------------------------------------------------------------------------------------------
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Family(NamedTuple):
+    """What sets one family of towers apart from another, besides its numbers."""
+    activation: Callable
+    eps: float = 1e-5               # of the LayerNorms
+    causal: bool = False            # a token sees itself and those before it
+    layer_scale: bool = False       # a learned factor per channel at the end of both branches
+    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
+    norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
+    mask_token: bool = False        # of self-supervised pretraining
+    antialias: bool = False         # when the grid of positions is resized
+
+
+FAMILIES = {
+    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
+    "clip": Family(quick_gelu, norm_before=True),
+    "eva": Family(F.silu, eps=1e-6, eva=True),
+    "clip text": Family(quick_gelu, causal=True),
+    "eva text": Family(F.gelu, causal=True),
+}
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The numbers that fix a vision tower; `load_vision` reads them off a file's tensors."""
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    grid: int               # side of the grid of learned positions
+    registers: int = 0
+    embed: int = 0          # width of the space shared with the text, where there is one
+    family: str = "dinov2"  # a name in FAMILIES
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The numbers that fix a text tower; `load_text` reads them off a file's tensors."""
+    width: int
+    depth: int
+    heads: int
+    embed: int              # width of the projected sentence
+    vocabulary: int
+    positions: int          # longest text, in tokens
+    family: str = "clip text"
+
+
+VISION = {
+    "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
+    "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
+    "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="clip"),
+    "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, family="clip"),
+    "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="eva"),
+    "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
+    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, family="clip"),
+}
+TEXT = {
+    "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
+    "clip-l": TextShape(768, 12, 12, embed=768, vocabulary=49408, positions=77),
+    "eva-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77, family="eva text"),
+    "small": TextShape(96, 2, 3, embed=96, vocabulary=1024, positions=32),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Published files: where they are, and what they call their tensors
 # ---------------------------------------------------------------------------------------------
 
 class Published(NamedTuple):
@@ -588,6 +506,7 @@ PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, digest)
      None),
     ("vocabulary", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
      "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"))}
+
 
 # What a tensor is called here, as a regular expression, and in the published files.
 DINOV2_NAMES = [
@@ -718,6 +637,10 @@ TEXT_LAYOUTS = [
 ]
 ORDINARY = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
 
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------
 
 def load_vision(path, image_size=None):
     """A frozen vision tower from a published file, told by its content.
@@ -1005,7 +928,7 @@ def sha256(path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Command line
+# Download
 # ---------------------------------------------------------------------------------------------
 
 def download(name, folder="pretrained"):
@@ -1080,6 +1003,100 @@ def main():
                          help=", ".join(PUBLISHED))
     for name in parser.parse_args().names:
         print(download(name))
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed on CPUs
+# ---------------------------------------------------------------------------------------------
+
+# PyTorch's products call MKL, which on AMD's CPUs leaves half of each vector unit idle. oneDNN's
+# linear layer, the one torch.compile uses, fills it. (Intel's CPUs with AVX-512 take it, too;
+# whether that helps them was not measured.)
+ONEDNN_LINEAR = None
+if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise
+
+
+def onednn_linear(x, weight, bias=None):
+    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")   # no activation after it
+
+
+class LinearByOneDNN(torch.autograd.Function):
+    """x (..., I), weight (O, I) and bias (O,) or None to x weight^T + bias, (..., O)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # frozen: keeps no x
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
+        x_learns, weight_learns, bias_learns = ctx.needs_input_grad
+        return (onednn_linear(gradient, weight.t()) if x_learns else None,
+                onednn_linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if weight_learns else None,
+                rows.sum(0) if bias_learns else None)
+
+
+def linear(x, weight, bias=None):
+    """`F.linear`, or oneDNN's for large layers: x (..., I), weight (O, I), bias (O,) to (..., O).
+
+    Below 2^23 multiplications our own autograd function costs more than oneDNN saves. `F.linear`
+    does autocast's casting, and says clearly what is wrong with sizes that do not fit.
+    """
+    if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and x.numel() * len(weight) >= 2**23 and x.shape[-1] == weight.shape[1]
+            and not torch.is_autocast_enabled("cpu")):
+        return LinearByOneDNN.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """PyTorch's layer, computed by `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class UnfusedAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
+
+    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its own backward: it
+    keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
+    times: plain, masked, and the mask in their type.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, visible, dropout):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)            # (B, heads, N, M)
+        if visible is not None:
+            scores.masked_fill_(~visible, -torch.inf)
+        weights, dropped, ctx.rescale = scores.softmax(-1), None, 1.0
+        if dropout:
+            # Random numbers cost most, so each one of 64 bits is cut into four, one a weight. That
+            # rounds the share to a multiple of 2^-16, below 1.
+            threshold = min(round(dropout * 2**16), 2**16 - 1)
+            bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+            dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
+            ctx.rescale = 1 / (1 - threshold / 2**16)
+        out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.rescale)
+        ctx.save_for_backward(q, k, v, weights, dropped, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        q, k, v, weights, dropped, out = ctx.saved_tensors
+        scale, rescaled = q.shape[-1] ** -0.5, gradient * ctx.rescale
+        used = weights if dropped is None else weights.masked_fill(dropped, 0)
+        to_v, to_scores = used.transpose(-1, -2) @ rescaled, rescaled @ v.transpose(-1, -2)
+        if dropped is not None:
+            to_scores.masked_fill_(dropped, 0)
+        # A softmax's backward subtracts from each row the sum of its weights times their gradients,
+        # which is the sum over the channels of what came out times its gradient.
+        to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
+        return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
 
 
 if __name__ == "__main__":
