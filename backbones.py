@@ -161,7 +161,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 # ---------------------------------------------------------------------------------------------
-# The vision transformer
+# The two towers
 # ---------------------------------------------------------------------------------------------
 
 class ViT(nn.Module):
@@ -169,7 +169,7 @@ class ViT(nn.Module):
 
     Tokens are [class, registers, patches row by row], (B, 1 + registers + H/P * W/P, D). The
     learned grid of positions is resized to the image's own grid, bicubically; DINOv2's antialiased,
-    as published. Raises ValueError where the patch does not divide the image.
+    as published. Raises ValueError if the patch does not divide the image.
     """
 
     def __init__(self, shape):
@@ -231,7 +231,7 @@ class ViT(nn.Module):
         return rotary_tables(grid, self.shape.width // self.shape.heads, self.position.device)
 
     def resize(self, image_size):
-        """Resizes the stored grid of positions to square images of this size, for good."""
+        """Resizes the stored grid of positions once, to that of square images of this size."""
         grid = self.grid(torch.empty(0, 3, image_size, image_size, device="meta"))
         self.position = nn.Parameter(self.positions(grid).detach(), self.position.requires_grad)
         self.shape = replace(self.shape, grid=grid[0])
@@ -256,7 +256,7 @@ class ViT(nn.Module):
         return self.shape.embed or self.shape.width
 
     def project(self, x):
-        """Final tokens (B, N, D) into CLIP's space (B, N, E); as they are where there is none."""
+        """Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one."""
         return self.projection(x) if self.shape.embed else x
 
     def as_map(self, x, grid):
@@ -271,15 +271,11 @@ class ViT(nn.Module):
         return self.final(x)
 
 
-# ---------------------------------------------------------------------------------------------
-# The text transformer, and freezing
-# ---------------------------------------------------------------------------------------------
-
 class TextTransformer(nn.Module):
     """CLIP's causal text transformer, and EVA-02-CLIP's, which differs by its activation.
 
-    Token ids are (B, L) with L up to `shape.positions`. The end-of-text token has the highest id of
-    the vocabulary, which is how its place is found.
+    Token ids are (B, L) with L up to `shape.positions`. The end-of-text token is found as the one
+    with the highest id of the vocabulary.
     """
 
     def __init__(self, shape):
@@ -293,7 +289,7 @@ class TextTransformer(nn.Module):
             Block(width, shape.heads, FAMILIES[shape.family]) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width, FAMILIES[shape.family].eps)
         self.projection = nn.Parameter(torch.zeros(width, shape.embed))
-        # The temperature of CLIP's pretraining loss; kept so that files load whole.
+        # The temperature of CLIP's pretraining loss: not used here; a part of the files.
         self.logit_scale = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
@@ -303,7 +299,7 @@ class TextTransformer(nn.Module):
         return super().train(mode and not self.frozen)
 
     def embed(self, tokens):
-        """Token ids (B, L) to what enters the first block (B, L, D)."""
+        """Token ids (B, L) to the tokens that enter the first block (B, L, D)."""
         length = tokens.shape[1]
         if length > self.shape.positions:
             raise ValueError(f"a text of {length} tokens: this tower reads at most "
@@ -329,21 +325,21 @@ class TextTransformer(nn.Module):
 
 
 def after_end(tokens):
-    """True where a token id (B, L) is padding, i.e. stands after the end-of-text token.
+    """True where a token id (B, L) is padding, i.e. comes after the end-of-text token.
 
-    The authors' programs ask for id 0 instead, which is also the id of a "!" inside a word.
+    The authors' programs test for id 0 instead, which is also the id of a "!" inside a word.
     """
     return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
 
 
 def freeze(tower):
-    """No gradients, and eval mode for good: `train()` no longer reaches the tower."""
+    """The tower gets no gradients and stays in eval mode, even after `train()`."""
     tower.frozen = True
     return tower.requires_grad_(False).eval()
 
 
 def unfreeze(tower):
-    """The tower learns, but for the two tensors that play no part outside pretraining."""
+    """The tower learns, except for the two tensors that only pretraining uses."""
     tower.frozen = False
     tower.requires_grad_(True)
     for name in ("mask_token", "logit_scale"):
@@ -353,7 +349,7 @@ def unfreeze(tower):
 
 
 # ---------------------------------------------------------------------------------------------
-# EVA-02's variants
+# EVA-02's variants, families and shapes
 # ---------------------------------------------------------------------------------------------
 
 def rotary_tables(grid, channels, device=None):
@@ -414,10 +410,6 @@ class GatedMLP(nn.Module):
     def forward(self, x):
         return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
 
-
-# ---------------------------------------------------------------------------------------------
-# Families and shapes
-# ---------------------------------------------------------------------------------------------
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
@@ -738,15 +730,12 @@ def load_tensors(module, state, path, names=(), expected=None):
     check_plain(path, state)
     for problem, found in (
             ("missing", [name for name in own if name not in state]),
-            ("unexpected", [name for name in state if name not in own])):
+            ("unexpected", [name for name in state if name not in own]),
+            ("misshapen", [f"{name}, {tuple(state[name].shape)} in the file, "
+                           f"{tuple(tensor.shape)} expected" for name, tensor in own.items()
+                           if name in state and state[name].shape != tensor.shape])):
         if found:
             raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: {found[0]}")
-    misshapen = [name for name in own if state[name].shape != own[name].shape]
-    if misshapen:
-        first = misshapen[0]
-        raise WeightsError(f"{path}: {len(misshapen)} tensor(s) misshapen, the first: {first}, "
-                           f"{tuple(state[first].shape)} in the file, {tuple(own[first].shape)} "
-                           f"expected")
     for name, tensor in own.items():
         if not tensor.copy_(state[name]).isfinite().all():
             raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite in "
@@ -884,9 +873,9 @@ def main():
 # Speed on CPUs
 # ---------------------------------------------------------------------------------------------
 
-# PyTorch's products call MKL, which on AMD's CPUs leaves half of each vector unit idle. oneDNN's
-# linear layer, the one torch.compile uses, fills it. (Intel's CPUs with AVX-512 take it, too;
-# whether that helps them was not measured.)
+# PyTorch's products call MKL, which uses half of each vector unit on AMD's CPUs. oneDNN's linear
+# layer, which torch.compile uses, takes the whole. (Intel's CPUs with AVX-512 use it here, too;
+# whether they gain was not measured.)
 ONEDNN_LINEAR = None
 if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
     ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise
@@ -917,8 +906,8 @@ class LinearByOneDNN(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """`F.linear`, or oneDNN's for large layers: x (..., I), weight (O, I), bias (O,) to (..., O).
 
-    Below 2^23 multiplications our own autograd function costs more than oneDNN saves. `F.linear`
-    does autocast's casting, and says clearly what is wrong with sizes that do not fit.
+    Below 2^23 multiplications an autograd function in Python costs more than oneDNN saves.
+    `F.linear` does autocast's casting, and has clear messages about sizes that do not fit.
     """
     if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
             and x.numel() * len(weight) >= 2**23 and x.shape[-1] == weight.shape[1]
@@ -937,9 +926,9 @@ class Linear(nn.Linear):
 class UnfusedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
 
-    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its own backward: it
-    keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
-    times: plain, masked, and the mask in their type.
+    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its
+    backward is written by hand because it keeps the weights once, and a byte each for which were
+    dropped. Autograd would keep them three times: plain, masked, and the mask in their type.
     """
 
     @staticmethod
@@ -949,8 +938,8 @@ class UnfusedAttention(torch.autograd.Function):
             scores.masked_fill_(~visible, -torch.inf)
         weights, dropped, ctx.rescale = scores.softmax(-1), None, 1.0
         if dropout:
-            # Random numbers cost most, so each one of 64 bits is cut into four, one a weight. That
-            # rounds the share to a multiple of 2^-16, below 1.
+            # Random numbers cost most, so each one of 64 bits serves four weights. That rounds the
+            # share to a multiple of 2^-16, below 1.
             threshold = min(round(dropout * 2**16), 2**16 - 1)
             bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
             dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
@@ -968,8 +957,8 @@ class UnfusedAttention(torch.autograd.Function):
         to_v, to_scores = used.transpose(-1, -2) @ rescaled, rescaled @ v.transpose(-1, -2)
         if dropped is not None:
             to_scores.masked_fill_(dropped, 0)
-        # A softmax's backward subtracts from each row the sum of its weights times their gradients,
-        # which is the sum over the channels of what came out times its gradient.
+        # A softmax's backward subtracts from each row the sum of its weights times their gradients.
+        # That equals the sum over the channels of the output times its gradient.
         to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
         return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
 
