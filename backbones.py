@@ -589,11 +589,13 @@ class Layout(NamedTuple):
     qkv: tuple = ("qkv",)   # the names of the query, key and value layers, or of the fused one
 
 
+CLIP_VISION_NAMES = CLIP_NAMES + [("^", "visual.")]
+CLIP_TEXT_NAMES = [(r"^norm\.", "ln_final.")] + CLIP_NAMES
 # CLIP's class token (D) and positions (N, D).
 UNBATCHED = {"class_token": lambda tensor: tensor[0, 0], "position": lambda tensor: tensor[0]}
 VISION_LAYOUTS = [
     Layout("dinov2", "register_tokens", "", DINOV2_NAMES),
-    Layout("clip", "visual.class_embedding", r"visual\.", CLIP_NAMES + [("^", "visual.")],
+    Layout("clip", "visual.class_embedding", r"visual\.", CLIP_VISION_NAMES,
            {**UNBATCHED, "projection.weight": torch.t}),
     # EVA-02's files hold its rotary tables, too.
     Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", r"visual\.(?!.*rope\.freqs_)",
@@ -605,7 +607,6 @@ VISION_LAYOUTS = [
            HF_CLIP_NAMES + [("^(?!visual_projection)", "vision_model.")], UNBATCHED,
            qkv=("q_proj", "k_proj", "v_proj")),
 ]
-CLIP_TEXT_NAMES = [(r"^norm\.", "ln_final.")] + CLIP_NAMES
 TEXT_LAYOUTS = [
     # OpenAI's archives have three plain numbers among their tensors.
     Layout("clip text", "token_embedding.weight",
@@ -628,12 +629,12 @@ def load_vision(path, image_size=None):
     """A frozen vision tower from a published file; its tensors' names tell the family.
 
     That is DINOv2 with registers, CLIP, or EVA-02 as CLIP, as their authors published them, or the
-    first two in Hugging Face's layout, the file or its folder. A file of both of CLIP's towers
-    serves for either. `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths
-    and depths are read from the tensors. With `image_size` (pixels) the grid of positions is
-    resized to that size once; without it, the grid stays as published and is resized for every
-    input. Raises WeightsError, naming the tensor, for anything missing, extra or misshapen; OSError
-    if the file cannot be read; ValueError if the patch does not divide `image_size`.
+    first two in Hugging Face's layout, the file or its folder. Files of CLIP hold both towers.
+    `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and depths are read
+    from the tensors. With `image_size` (pixels) the grid of positions is resized to that size once;
+    without it, the grid stays as published and is resized for every input. Raises WeightsError,
+    naming the tensor, for anything missing, extra or misshapen; OSError if the file cannot be read;
+    ValueError if the patch does not divide `image_size`.
     """
     tower = vision_tower(path, read_tensors(path))
     if image_size is not None:
@@ -692,9 +693,10 @@ def in_layout(path, kind, layouts, state):
         stored = renamed(name, layout.names)
         if layout.views.get(name) is torch.t:
             axis = 1 - axis
-        if stored not in state or state[stored].ndim < 2:
-            raise WeightsError(f"{path}: tensor {stored} is missing or misshapen")
-        return state[stored].shape[axis]
+        try:
+            return state[stored].shape[axis]
+        except (KeyError, IndexError):
+            raise WeightsError(f"{path}: tensor {stored} is missing or misshapen") from None
 
     return state, layout, max(depth, 1), size
 
@@ -720,10 +722,10 @@ def tower_from(tower_class, shape, state, path, layout):
 def load_tensors(module, state, path, names=(), expected=None):
     """Copies each tensor of `state` into the module's tensor of the same name.
 
-    `expected`: name -> tensor for those to fill, all of `module.state_dict()` by default. `names`
-    translates the module's names into those of the file. Raises WeightsError that names the first
-    tensor missing, unexpected or misshapen, and their count, or one with numbers that are not
-    finite.
+    `expected`: the part of `module.state_dict()`, or views of it, that is filled; all by default.
+    `names` translates its names into those of the file. Raises WeightsError that names, in the
+    file's words, the first tensor missing, unexpected or misshapen, and their count, or one with
+    numbers that are not finite.
     """
     own = {renamed(name, names): tensor for name, tensor in
            (module.state_dict() if expected is None else expected).items()}

@@ -1037,6 +1037,7 @@ class Towers(unittest.TestCase):
                  "cls_token holds numbers that are not finite in torch.float32"),
                 (vision, dinov2, {"register_tokens": None}, "no vision tower"),
                 (vision, dinov2, {"patch_embed.proj.weight": None}, "proj.weight is missing"),
+                (vision, dinov2, {"patch_embed.proj.weight": zeros(128, 588)}, "or misshapen"),
                 (vision, eva, {"visual.blocks.1.attn.q_bias": None},
                  r"missing, the first: visual\.blocks\.1\.attn\.q_bias"),
                 (vision, eva, {"visual.blocks.0.attn.k_bias": zeros(192)},
