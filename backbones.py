@@ -1,14 +1,19 @@
 """The towers: one vision transformer, CLIP's text transformer, and their published weights.
 
-A tower is stepped from outside, block by block: `embed`, then every one of `blocks`, then `final`.
-The order in which two towers are stepped *is* the tuning method, and so it belongs to `model.py`.
-What a method hangs onto a block travels in an `Attached`, or wraps one of its layers; no adapter
-stands in this file. `Linear` and `MultiheadAttention`, PyTorch's layers made faster, serve adapters
-and head, too.
+One block, for tokens x (B, N, D), before a tuning method adds to it:
+
+    q, k, v = W_qkv norm(x) + b_qkv                      each (B, N, D), cut into heads
+    a = softmax(q k^T / sqrt(D / heads)) v               for each head
+    x = x + scale (W_out a + b_out)                      the scale: of DINOv2 alone
+    h = activation(W_up norm(x) + b_up)                  (B, N, 4D)
+    x = x + scale (W_down h + b_down)
+
+`model.py` runs a tower step by step: `embed`, then each of `blocks`, then `final`. The order in
+which two towers take these steps *is* the tuning method. A method passes its adapters to a block as
+an `Attached` tuple, or wraps one of the block's layers. No adapter is defined in this file.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
-(https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA). Tokens are
-(B, N, D) everywhere.
+(https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA).
 
     python backbones.py download dinov2-b clip-b vocabulary     into pretrained/
 """
@@ -18,10 +23,8 @@ import hashlib
 import http.client
 import math
 import os
-import pickle
 import re
 import sys
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -42,64 +45,14 @@ class WeightsError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# Linear layers and attention
+# The transformer block
 # ---------------------------------------------------------------------------------------------
-
-# PyTorch's products call MKL, which on AMD's CPUs leaves half of each vector unit idle. oneDNN's
-# linear layer, the one torch.compile uses, fills it. (Intel's CPUs with AVX-512 take it, too;
-# whether that helps them was not measured.)
-ONEDNN_LINEAR = None
-if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
-    ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise
-
-
-def onednn_linear(x, weight, bias=None):
-    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")   # no activation after it
-
-
-class LinearByOneDNN(torch.autograd.Function):
-    """x (..., I), weight (O, I) and bias (O,) or None to x weight^T + bias, (..., O)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # frozen: keeps no x
-        return onednn_linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
-        x_learns, weight_learns, bias_learns = ctx.needs_input_grad
-        return (onednn_linear(gradient, weight.t()) if x_learns else None,
-                onednn_linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if weight_learns else None,
-                rows.sum(0) if bias_learns else None)
-
-
-def linear(x, weight, bias=None):
-    """`F.linear`, or oneDNN's for large layers: x (..., I), weight (O, I), bias (O,) to (..., O).
-
-    Below 2^23 multiplications our own autograd function costs more than oneDNN saves. `F.linear`
-    does autocast's casting, and says clearly what is wrong with sizes that do not fit.
-    """
-    if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and x.numel() * len(weight) >= 2**23 and x.shape[-1] == weight.shape[1]
-            and not torch.is_autocast_enabled("cpu")):
-        return LinearByOneDNN.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """PyTorch's layer, computed by `linear`."""
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
 
 def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0):
     """softmax(q k^T / sqrt(D/heads)) v for each head: q (B, N, D), k and v (B, M, D) to (B, N, D).
 
-    `rotary`: of `ViT.rotary_tables`. `padding` (B, M) is True where no one may look; not with
-    `causal`.
+    `causal`: a token sees itself and the tokens before it. `rotary`: of `ViT.rotary_tables`.
+    `padding` (B, M): True for the tokens that no one sees; not together with `causal`.
     `dropout`: the share of the softmax's weights that become zero.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -107,125 +60,12 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
     visible = None if padding is None else ~padding[:, None, None]
     # On CPUs PyTorch falls back to slow code for dropout, and its fused bfloat16 is half as fast as
-    # plain products. (Causal texts are short, and stay with PyTorch.)
+    # plain products. (Causal texts are short, so they take PyTorch's.)
     if q.device.type == "cpu" and not causal and (dropout or q.dtype == torch.bfloat16):
         x = UnfusedAttention.apply(q, k, v, visible, dropout)
     else:
         x = F.scaled_dot_product_attention(q, k, v, visible, dropout, causal)   # (B, heads, N, C)
     return x.transpose(1, 2).flatten(2)
-
-
-class UnfusedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
-
-    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its own backward: it
-    keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
-    times: plain, masked, and the mask in their type.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, visible, dropout):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)            # (B, heads, N, M)
-        if visible is not None:
-            scores.masked_fill_(~visible, -torch.inf)
-        weights, dropped, ctx.rescale = scores.softmax(-1), None, 1.0
-        if dropout:
-            # Random numbers cost most, so each one of 64 bits is cut into four, one a weight. That
-            # rounds the share to a multiple of 2^-16, below 1.
-            threshold = min(round(dropout * 2**16), 2**16 - 1)
-            bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
-            dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
-            ctx.rescale = 1 / (1 - threshold / 2**16)
-        out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.rescale)
-        ctx.save_for_backward(q, k, v, weights, dropped, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        q, k, v, weights, dropped, out = ctx.saved_tensors
-        scale, rescaled = q.shape[-1] ** -0.5, gradient * ctx.rescale
-        used = weights if dropped is None else weights.masked_fill(dropped, 0)
-        to_v, to_scores = used.transpose(-1, -2) @ rescaled, rescaled @ v.transpose(-1, -2)
-        if dropped is not None:
-            to_scores.masked_fill_(dropped, 0)
-        # A softmax's backward subtracts from each row the sum of its weights times their gradients,
-        # which is the sum over the channels of what came out times its gradient.
-        to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
-        return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
-
-
-def rotate(x, cos, sin):
-    """Rotary positions: turns pairs of channels of the image's tokens, which are the last ones.
-
-    x is (B, heads, N, C); cos and sin, (image tokens, C), are `ViT.rotary_tables`'s. Whatever
-    stands before the image has no place in it and stays as it is.
-    """
-    others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
-    first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
-    quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # turned by 90 degrees
-    return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
-
-
-class MultiheadAttention(nn.MultiheadAttention):
-    """The parameters of PyTorch's layer, computed by `linear` and `attend`.
-
-    Queries (B, N, D), keys (B, M, kdim) and values (B, M, vdim) to (B, N, D) alone, without the
-    attention's weights; padding (B, M) is True where no one may look. Of the constructor's options
-    dropout, kdim and vdim count. PyTorch's own forward puts the batch second, which costs copies.
-    """
-
-    def forward(self, query, key, value, padding=None):
-        weights = (self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else
-                   (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
-        q, k, v = (linear(x, *layer) for x, *layer in zip(
-            (query, key, value), weights, self.in_proj_bias.chunk(3)))
-        x = attend(q, k, v, self.num_heads, padding=padding,
-                   dropout=self.dropout if self.training else 0.0)
-        return linear(x, self.out_proj.weight, self.out_proj.bias)
-
-
-# ---------------------------------------------------------------------------------------------
-# The transformer block
-# ---------------------------------------------------------------------------------------------
-
-def unchanged(x):
-    return x
-
-
-class Attached(NamedTuple):
-    """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
-    attention_shortcut: Callable = unchanged    # stands on the skip connection of the attention
-    mlp_shortcut: Callable = unchanged          # stands on the skip connection of the MLP
-    beside_mlp: Callable | None = None          # added to the MLP, before LayerScale; normed input
-
-
-NOTHING = Attached()
-
-
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-class Family(NamedTuple):
-    """What sets one family of towers apart from another, besides its numbers."""
-    activation: Callable
-    eps: float = 1e-5               # of the LayerNorms
-    causal: bool = False            # a token sees itself and those before it
-    layer_scale: bool = False       # a learned factor per channel at the end of both branches
-    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
-    norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
-    mask_token: bool = False        # of self-supervised pretraining
-    antialias: bool = False         # when the grid of positions is resized
-
-
-FAMILIES = {
-    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
-    "clip": Family(quick_gelu, norm_before=True),
-    "eva": Family(F.silu, eps=1e-6, eva=True),
-    "clip text": Family(quick_gelu, causal=True),
-    "eva text": Family(F.gelu, causal=True),
-}
 
 
 class Attention(nn.Module):
@@ -241,23 +81,6 @@ class Attention(nn.Module):
         return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, rotary))
 
 
-class InnerNormAttention(nn.Module):
-    """EVA-02's: keys have no bias, and a LayerNorm stands before the output layer."""
-
-    def __init__(self, width, heads, eps):
-        super().__init__()
-        self.heads = heads
-        self.query = Linear(width, width)
-        self.key = Linear(width, width, bias=False)
-        self.value = Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
-        self.out = Linear(width, width)
-
-    def forward(self, x, causal=False, rotary=None):
-        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
-        return self.out(self.norm(x))
-
-
 class MLP(nn.Module):
     def __init__(self, width, activation):
         super().__init__()
@@ -267,22 +90,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down(self.activation(self.up(x)))
-
-
-class GatedMLP(nn.Module):
-    """EVA-02's SwiGLU, with a LayerNorm before the last layer."""
-
-    def __init__(self, width, activation, eps):
-        super().__init__()
-        hidden = 8 * width // 3         # three matrices as large as the two of an ordinary MLP
-        self.gate = Linear(width, hidden)
-        self.up = Linear(width, hidden)
-        self.activation = activation
-        self.norm = nn.LayerNorm(hidden, eps)
-        self.down = Linear(hidden, width)
-
-    def forward(self, x):
-        return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
 
 
 class LayerScale(nn.Module):
@@ -296,8 +103,21 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+unchanged = nn.Identity()
+
+
+class Attached(NamedTuple):
+    """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
+    attention_shortcut: Callable = unchanged    # on the skip connection of the attention
+    mlp_shortcut: Callable = unchanged          # on the skip connection of the MLP
+    beside_mlp: Callable | None = None          # normed input; added to the MLP before LayerScale
+
+
+NOTHING = Attached()
+
+
 class Block(nn.Module):
-    """A pre-norm transformer block with three places for a tuning method (see `Attached`)."""
+    """A pre-norm transformer block with three places for adapters (see `Attached`)."""
 
     def __init__(self, width, heads, family):
         super().__init__()
@@ -321,66 +141,43 @@ class Block(nn.Module):
         return attached.mlp_shortcut(x) + self.scale2(mlp)
 
 
+class MultiheadAttention(nn.MultiheadAttention):
+    """The parameters of PyTorch's layer, computed by `linear` and `attend`, for adapters and head.
+
+    Queries (B, N, D), keys (B, M, kdim) and values (B, M, vdim) to (B, N, D), without the weights
+    of the attention. `padding` (B, M): True for the keys that no one sees. Of the constructor's
+    options dropout, kdim and vdim count. PyTorch's own forward puts the batch second, which costs
+    copies.
+    """
+
+    def forward(self, query, key, value, padding=None):
+        weights = (self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else
+                   (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
+        q, k, v = (linear(x, *layer) for x, *layer in zip(
+            (query, key, value), weights, self.in_proj_bias.chunk(3)))
+        x = attend(q, k, v, self.num_heads, padding=padding,
+                   dropout=self.dropout if self.training else 0.0)
+        return linear(x, self.out_proj.weight, self.out_proj.bias)
+
+
 # ---------------------------------------------------------------------------------------------
 # The two towers
 # ---------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class VisionShape:
-    """The numbers that fix a vision tower; `load_vision` reads them off a file's tensors."""
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    grid: int               # side of the grid of learned positions
-    registers: int = 0
-    embed: int = 0          # width of the space shared with the text, where there is one
-    family: str = "dinov2"  # a name in FAMILIES
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """The numbers that fix a text tower; `load_text` reads them off a file's tensors."""
-    width: int
-    depth: int
-    heads: int
-    embed: int              # width of the projected sentence
-    vocabulary: int
-    positions: int          # longest text, in tokens
-    family: str = "clip text"
-
-
-VISION = {
-    "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
-    "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
-    "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="clip"),
-    "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, family="clip"),
-    "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="eva"),
-    "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
-    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, family="clip"),
-}
-TEXT = {
-    "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
-    "clip-l": TextShape(768, 12, 12, embed=768, vocabulary=49408, positions=77),
-    "eva-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77, family="eva text"),
-    "small": TextShape(96, 2, 3, embed=96, vocabulary=1024, positions=32),
-}
-
 
 class ViT(nn.Module):
     """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its family.
 
     Tokens are [class, registers, patches row by row], (B, 1 + registers + H/P * W/P, D). The
     learned grid of positions is resized to the image's own grid, bicubically; DINOv2's antialiased,
-    as published. Raises ValueError where the patch does not divide the image.
+    as published. Raises ValueError if the patch does not divide the image.
     """
 
     def __init__(self, shape):
         super().__init__()
         self.shape, family = shape, FAMILIES[shape.family]
-        self.prefix = 1 + shape.registers       # tokens that stand before the patches
+        self.prefix = 1 + shape.registers       # tokens before the patches
         self.frozen = False
-        self.legacy_position_resize = False     # resize them as DINOv2's first release did
+        self.legacy_position_resize = False     # as DINOv2's first release resized them
         width = shape.width
         self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch,
                                bias=not family.norm_before)
@@ -388,7 +185,7 @@ class ViT(nn.Module):
         self.registers = (nn.Parameter(torch.zeros(1, shape.registers, width))
                           if shape.registers else None)
         self.position = nn.Parameter(torch.zeros(1, 1 + shape.grid ** 2, width))
-        if family.mask_token:           # without a use here; kept so that files load whole
+        if family.mask_token:           # not used here; a part of the files
             self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.norm_before = nn.LayerNorm(width, family.eps) if family.norm_before else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -428,25 +225,13 @@ class ViT(nn.Module):
         return torch.cat([class_position, patches], dim=1)
 
     def rotary_tables(self, grid):
-        """By how much EVA-02 turns queries and keys at every place of a grid; None for others.
-
-        Cosines and sines (rows * columns, D/heads), each angle twice in a row. The first half of
-        the channels turns with the row, the second with the column, pair i of each at the rate
-        10000^(-4i / (D/heads)). At any grid, places span the 16x16 of its pretraining.
-        """
+        """EVA-02's cosines and sines (rows * columns, D/heads) for a grid; None for others."""
         if not FAMILIES[self.shape.family].eva:
             return None
-        half = self.shape.width // self.shape.heads // 2
-        rates = 10000 ** -(torch.arange(0, half, 2, device=self.position.device) / half)
-        rows, columns = (torch.arange(side, device=rates.device)[:, None] / side * 16 * rates
-                         for side in grid)                                  # (side, half/2)
-        angles = torch.cat([rows[:, None].expand(-1, grid[1], -1),
-                            columns[None].expand(grid[0], -1, -1)], dim=-1)
-        angles = angles.flatten(0, 1).repeat_interleave(2, dim=-1)          # (places, D/heads)
-        return angles.cos(), angles.sin()
+        return rotary_tables(grid, self.shape.width // self.shape.heads, self.position.device)
 
     def resize(self, image_size):
-        """Resizes the stored grid of positions to square images of this size, for good."""
+        """Resizes the stored grid of positions once, to that of square images of this size."""
         grid = self.grid(torch.empty(0, 3, image_size, image_size, device="meta"))
         self.position = nn.Parameter(self.positions(grid).detach(), self.position.requires_grad)
         self.shape = replace(self.shape, grid=grid[0])
@@ -471,7 +256,7 @@ class ViT(nn.Module):
         return self.shape.embed or self.shape.width
 
     def project(self, x):
-        """Final tokens (B, N, D) into CLIP's space (B, N, E); as they are where there is none."""
+        """Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one."""
         return self.projection(x) if self.shape.embed else x
 
     def as_map(self, x, grid):
@@ -489,8 +274,8 @@ class ViT(nn.Module):
 class TextTransformer(nn.Module):
     """CLIP's causal text transformer, and EVA-02-CLIP's, which differs by its activation.
 
-    Token ids are (B, L) with L up to `shape.positions`. The end-of-text token has the highest id of
-    the vocabulary, which is how its place is found.
+    Token ids are (B, L) with L up to `shape.positions`. The end-of-text token is found as the one
+    with the highest id of the vocabulary.
     """
 
     def __init__(self, shape):
@@ -504,7 +289,7 @@ class TextTransformer(nn.Module):
             Block(width, shape.heads, FAMILIES[shape.family]) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width, FAMILIES[shape.family].eps)
         self.projection = nn.Parameter(torch.zeros(width, shape.embed))
-        # The temperature of CLIP's pretraining loss; kept so that files load whole.
+        # The temperature of CLIP's pretraining loss: not used here; a part of the files.
         self.logit_scale = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
@@ -514,7 +299,7 @@ class TextTransformer(nn.Module):
         return super().train(mode and not self.frozen)
 
     def embed(self, tokens):
-        """Token ids (B, L) to what enters the first block (B, L, D)."""
+        """Token ids (B, L) to the tokens that enter the first block (B, L, D)."""
         length = tokens.shape[1]
         if length > self.shape.positions:
             raise ValueError(f"a text of {length} tokens: this tower reads at most "
@@ -540,21 +325,21 @@ class TextTransformer(nn.Module):
 
 
 def after_end(tokens):
-    """True where a token id (B, L) is padding, i.e. stands after the end-of-text token.
+    """True where a token id (B, L) is padding, i.e. comes after the end-of-text token.
 
-    The authors' programs ask for id 0 instead, which is also the id of a "!" inside a word.
+    The authors' programs test for id 0 instead, which is also the id of a "!" inside a word.
     """
     return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
 
 
 def freeze(tower):
-    """No gradients, and eval mode for good: `train()` no longer reaches the tower."""
+    """The tower gets no gradients and stays in eval mode, even after `train()`."""
     tower.frozen = True
     return tower.requires_grad_(False).eval()
 
 
 def unfreeze(tower):
-    """The tower learns, but for the two tensors that play no part outside pretraining."""
+    """The tower learns, except for the two tensors that only pretraining uses."""
     tower.frozen = False
     tower.requires_grad_(True)
     for name in ("mask_token", "logit_scale"):
@@ -564,11 +349,141 @@ def unfreeze(tower):
 
 
 # ---------------------------------------------------------------------------------------------
-# Published weights
+# EVA-02's variants, families and shapes
+# ---------------------------------------------------------------------------------------------
+
+def rotary_tables(grid, channels, device=None):
+    """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
+
+    Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. The first
+    half of the channels is rotated by the row, the second by the column, pair i of each at the rate
+    10000^(-4i / channels). Places on any grid are rescaled to the 16x16 of its pretraining.
+    """
+    rates = 10000 ** -(torch.arange(0, channels // 2, 2, device=device) / (channels // 2))
+    rows, columns = (torch.arange(side, device=device) / side * 16 for side in grid)
+    places = torch.cartesian_prod(rows, columns)                            # (places, 2)
+    angles = (places[:, :, None] * rates).flatten(1).repeat_interleave(2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: rotates pairs of channels of the patches' tokens, which are the last ones.
+
+    x is (B, heads, N, C); cos and sin, (patches, C), are those of `rotary_tables`. The tokens
+    before the patches have no position and are not rotated.
+    """
+    others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
+    first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
+    quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # rotated by 90 degrees
+    return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
+
+
+class InnerNormAttention(nn.Module):
+    """EVA-02's: keys have no bias, and a LayerNorm comes before the output layer."""
+
+    def __init__(self, width, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.query = Linear(width, width)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.out = Linear(width, width)
+
+    def forward(self, x, causal=False, rotary=None):
+        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
+        return self.out(self.norm(x))
+
+
+class GatedMLP(nn.Module):
+    """EVA-02's SwiGLU, with a LayerNorm before its last layer."""
+
+    def __init__(self, width, activation, eps):
+        super().__init__()
+        hidden = 8 * width // 3         # three matrices as large as the two of an ordinary MLP
+        self.gate = Linear(width, hidden)
+        self.up = Linear(width, hidden)
+        self.activation = activation
+        self.norm = nn.LayerNorm(hidden, eps)
+        self.down = Linear(hidden, width)
+
+    def forward(self, x):
+        return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Family(NamedTuple):
+    """How one family of towers differs from the others, except for its sizes."""
+    activation: Callable
+    eps: float = 1e-5               # of the LayerNorms
+    causal: bool = False            # a token sees itself and those before it
+    layer_scale: bool = False       # a learned factor per channel at the end of both branches
+    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
+    norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
+    mask_token: bool = False        # of self-supervised pretraining
+    antialias: bool = False         # when the grid of positions is resized
+
+
+FAMILIES = {
+    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
+    "clip": Family(quick_gelu, norm_before=True),
+    "eva": Family(F.silu, eps=1e-6, eva=True),
+    "clip text": Family(quick_gelu, causal=True),
+    "eva text": Family(F.gelu, causal=True),
+}
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The sizes of a vision tower; `load_vision` reads them from a file's tensors."""
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    grid: int               # side of the grid of learned positions
+    registers: int = 0
+    embed: int = 0          # width of the space shared with the text, where there is one
+    family: str = "dinov2"  # a name in FAMILIES
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The sizes of a text tower; `load_text` reads them from a file's tensors."""
+    width: int
+    depth: int
+    heads: int
+    embed: int              # width of the projected sentence
+    vocabulary: int
+    positions: int          # longest text, in tokens
+    family: str = "clip text"
+
+
+VISION = {
+    "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
+    "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
+    "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="clip"),
+    "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, family="clip"),
+    "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="eva"),
+    "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
+    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, family="clip"),
+}
+TEXT = {
+    "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),
+    "clip-l": TextShape(768, 12, 12, embed=768, vocabulary=49408, positions=77),
+    "eva-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77, family="eva text"),
+    "small": TextShape(96, 2, 3, embed=96, vocabulary=1024, positions=32),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Published files: their addresses, and the names of their tensors
 # ---------------------------------------------------------------------------------------------
 
 class Published(NamedTuple):
-    """A file: its name, where it is to be had, and its SHA-256 where the publisher gives one."""
+    """A file: its name, its address, and its SHA-256 where the publisher gives one."""
     file: str
     address: str
     sha256: str | None = None
@@ -589,146 +504,137 @@ PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, digest)
     ("vocabulary", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
      "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"))}
 
-# What a tensor is called here, as a regular expression, and in the published files.
-DINOV2_NAMES = [
-    (r"^class_token", "cls_token"),
-    (r"^position", "pos_embed"),
-    (r"^registers", "register_tokens"),
-    (r"^patch\.", "patch_embed.proj."),
-    (r"\.attention\.qkv\.", ".attn.qkv."),
-    (r"\.attention\.out\.", ".attn.proj."),
-    (r"\.scale([12])\.", r".ls\1."),
-    (r"\.mlp\.up\.", ".mlp.fc1."),
-    (r"\.mlp\.down\.", ".mlp.fc2."),
-]
-CLIP_BLOCK_NAMES = [
-    (r"^blocks\.", "transformer.resblocks."),
-    (r"\.norm([12])\.", r".ln_\1."),
-    (r"\.attention\.qkv\.", ".attn.in_proj_"),
-    (r"\.attention\.out\.", ".attn.out_proj."),
-    (r"\.mlp\.up\.", ".mlp.c_fc."),
-    (r"\.mlp\.down\.", ".mlp.c_proj."),
-]
-CLIP_TEXT_NAMES = CLIP_BLOCK_NAMES + [
-    (r"^embedding\.", "token_embedding."),
-    (r"^position", "positional_embedding"),
-    (r"^norm\.", "ln_final."),
-    (r"^projection", "text_projection"),
-]
-CLIP_VISION_NAMES = CLIP_BLOCK_NAMES + [
-    (r"^class_token", "class_embedding"),
-    (r"^position", "positional_embedding"),
-    (r"^patch\.", "conv1."),
-    (r"^norm_before\.", "ln_pre."),
-    (r"^norm\.", "ln_post."),
-    (r"^projection\.weight", "proj"),
-    (r"^", "visual."),
-]
-EVA_VISION_NAMES = [
-    (r"^class_token", "cls_token"),
-    (r"^position", "pos_embed"),
-    (r"^patch\.", "patch_embed.proj."),
-    (r"^projection\.", "head."),
-    (r"\.attention\.(query|value)\.bias", lambda match: f".attn.{match[1][0]}_bias"),
-    (r"\.attention\.(query|key|value)\.", lambda match: f".attn.{match[1][0]}_proj."),
-    (r"\.attention\.norm\.", ".attn.inner_attn_ln."),
-    (r"\.attention\.out\.", ".attn.proj."),
-    (r"\.mlp\.gate\.", ".mlp.w1."),
-    (r"\.mlp\.up\.", ".mlp.w2."),
-    (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
-    (r"\.mlp\.down\.", ".mlp.w3."),
-    (r"^", "visual."),
-]
-EVA_TEXT_NAMES = CLIP_TEXT_NAMES + [(r"^(?!logit_scale)", "text.")]
-# Hugging Face's. Query, key and value are stored apart; `join` puts them together as "qkv".
-HF_DINOV2_NAMES = [
-    (r"^class_token", "embeddings.cls_token"),
-    (r"^position", "embeddings.position_embeddings"),
-    (r"^registers", "embeddings.register_tokens"),
-    (r"^mask_token", "embeddings.mask_token"),
-    (r"^patch\.", "embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "layernorm."),
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.attention\.qkv\.", ".attention.attention.qkv."),
-    (r"\.attention\.out\.", ".attention.output.dense."),
-    (r"\.scale([12])\.gamma", r".layer_scale\1.lambda1"),
-    (r"\.mlp\.up\.", ".mlp.fc1."),
-    (r"\.mlp\.down\.", ".mlp.fc2."),
-]
-HF_CLIP_BLOCK_NAMES = [
-    (r"^blocks\.", "encoder.layers."),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attention\.qkv\.", ".self_attn.qkv."),
-    (r"\.attention\.out\.", ".self_attn.out_proj."),
-    (r"\.mlp\.up\.", ".mlp.fc1."),
-    (r"\.mlp\.down\.", ".mlp.fc2."),
-]
-HF_CLIP_VISION_NAMES = HF_CLIP_BLOCK_NAMES + [
-    (r"^class_token", "embeddings.class_embedding"),
-    (r"^position", "embeddings.position_embedding.weight"),
-    (r"^patch\.", "embeddings.patch_embedding."),
-    (r"^norm_before\.", "pre_layrnorm."),
-    (r"^norm\.", "post_layernorm."),
-    (r"^projection\.", "visual_projection."),
-    (r"^(?!visual_projection)", "vision_model."),
-]
-HF_CLIP_TEXT_NAMES = HF_CLIP_BLOCK_NAMES + [
-    (r"^embedding\.", "embeddings.token_embedding."),
-    (r"^position", "embeddings.position_embedding.weight"),
-    (r"^norm\.", "final_layer_norm."),
-    (r"^projection", "text_projection.weight"),
-    (r"^(?!text_projection|logit_scale)", "text_model."),
-]
+
+def name_tables(text):
+    """The columns of a table of names, each as the (pattern, replacement) pairs of `renamed`.
+
+    The first column is the beginning of a name here, or a part of it if a dot comes first. The
+    others are what takes its place in a file; "-" where nothing changes or there is no such tensor.
+    """
+    rows = [line.split() for line in text.strip().splitlines()]
+    patterns = [("" if ours.startswith(".") else "^") + re.escape(ours) for ours, *_ in rows]
+    columns = list(zip(*rows))[1:]
+    return [[(pattern, theirs) for pattern, theirs in zip(patterns, column) if theirs != "-"]
+            for column in columns]
 
 
-def transposed(tensor):
-    return tensor.T
+# here                   DINOv2             CLIP                    EVA-02's vision tower
+DINOV2_NAMES, CLIP_NAMES, EVA_NAMES = name_tables("""
+  class_token            cls_token          class_embedding         cls_token
+  position               pos_embed          positional_embedding    pos_embed
+  registers              register_tokens    -                       -
+  patch.                 patch_embed.proj.  conv1.                  patch_embed.proj.
+  embedding.             -                  token_embedding.        -
+  norm_before.           -                  ln_pre.                 -
+  norm.                  -                  ln_post.                -
+  projection.weight      -                  proj                    head.weight
+  projection.bias        -                  -                       head.bias
+  projection             -                  text_projection         -
+  blocks.                -                  transformer.resblocks.  -
+  .norm1.                -                  .ln_1.                  -
+  .norm2.                -                  .ln_2.                  -
+  .attention.qkv.        .attn.qkv.         .attn.in_proj_          -
+  .attention.query.bias  -                  -                       .attn.q_bias
+  .attention.value.bias  -                  -                       .attn.v_bias
+  .attention.query.      -                  -                       .attn.q_proj.
+  .attention.key.        -                  -                       .attn.k_proj.
+  .attention.value.      -                  -                       .attn.v_proj.
+  .attention.norm.       -                  -                       .attn.inner_attn_ln.
+  .attention.out.        .attn.proj.        .attn.out_proj.         .attn.proj.
+  .scale1.               .ls1.              -                       -
+  .scale2.               .ls2.              -                       -
+  .mlp.gate.             -                  -                       .mlp.w1.
+  .mlp.up.               .mlp.fc1.          .mlp.c_fc.              .mlp.w2.
+  .mlp.norm.             -                  -                       .mlp.ffn_ln.
+  .mlp.down.             .mlp.fc2.          .mlp.c_proj.            .mlp.w3.
+""")
+# here             Hugging Face's DINOv2                    Hugging Face's CLIP
+HF_DINOV2_NAMES, HF_CLIP_NAMES = name_tables("""
+  class_token      embeddings.cls_token                     embeddings.class_embedding
+  position         embeddings.position_embeddings           embeddings.position_embedding.weight
+  registers        embeddings.register_tokens               -
+  mask_token       embeddings.mask_token                    -
+  patch.           embeddings.patch_embeddings.projection.  embeddings.patch_embedding.
+  embedding.       -                                        embeddings.token_embedding.
+  norm_before.     -                                        pre_layrnorm.
+  norm.            layernorm.                               post_layernorm.
+  projection.      -                                        visual_projection.
+  projection       -                                        text_projection.weight
+  blocks.          encoder.layer.                           encoder.layers.
+  .norm1.          -                                        .layer_norm1.
+  .norm2.          -                                        .layer_norm2.
+  .attention.qkv.  .attention.attention.qkv.                .self_attn.qkv.
+  .attention.out.  .attention.output.dense.                 .self_attn.out_proj.
+  .scale1.gamma    .layer_scale1.lambda1                    -
+  .scale2.gamma    .layer_scale2.lambda1                    -
+  .mlp.up.         .mlp.fc1.                                .mlp.fc1.
+  .mlp.down.       .mlp.fc2.                                .mlp.fc2.
+""")
+
+
+def renamed(name, names):
+    """A tensor's name here to its name in a file."""
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 class Layout(NamedTuple):
-    """How a family's published files call its tensors."""
+    """How the files of one publisher name and shape the tensors of one tower."""
     family: str             # a name in FAMILIES
     mark: str               # a tensor that only this layout has
     belongs: str            # regular expression of the names of this tower's tensors
-    names: list
-    views: dict = {}        # our name -> what makes our shape of the stored one
+    names: list             # for `renamed`
+    views: dict = {}        # our name -> function from our tensor to a view in the stored shape
+    qkv: tuple = ("qkv",)   # the names of the query, key and value layers, or of the fused one
 
 
-# CLIP's class token (D) and positions (N, D), in either layout.
-UNBATCHED = {"class_token": lambda tensor: tensor[None, None],
-             "position": lambda tensor: tensor[None]}
+CLIP_VISION_NAMES = CLIP_NAMES + [("^", "visual.")]
+CLIP_TEXT_NAMES = [(r"^norm\.", "ln_final.")] + CLIP_NAMES
+# CLIP's class token (D) and positions (N, D).
+UNBATCHED = {"class_token": lambda tensor: tensor[0, 0], "position": lambda tensor: tensor[0]}
 VISION_LAYOUTS = [
-    Layout("dinov2", "register_tokens", r"", DINOV2_NAMES),
+    Layout("dinov2", "register_tokens", "", DINOV2_NAMES),
     Layout("clip", "visual.class_embedding", r"visual\.", CLIP_VISION_NAMES,
-           {**UNBATCHED, "projection.weight": transposed}),
-    Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", r"visual\.", EVA_VISION_NAMES),
-    Layout("dinov2", "embeddings.register_tokens", r"", HF_DINOV2_NAMES),
+           {**UNBATCHED, "projection.weight": torch.t}),
+    # EVA-02's files hold its rotary tables, too.
+    Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", r"visual\.(?!.*rope\.freqs_)",
+           EVA_NAMES + [("^", "visual.")]),
+    Layout("dinov2", "embeddings.register_tokens", "", HF_DINOV2_NAMES,
+           qkv=("query", "key", "value")),
     Layout("clip", "vision_model.embeddings.class_embedding",
            r"(vision_model(?!\.embeddings\.position_ids)|visual_projection)\.",
-           HF_CLIP_VISION_NAMES, UNBATCHED),
+           HF_CLIP_NAMES + [("^(?!visual_projection)", "vision_model.")], UNBATCHED,
+           qkv=("q_proj", "k_proj", "v_proj")),
 ]
 TEXT_LAYOUTS = [
-    # OpenAI's archives carry three plain numbers among their tensors.
+    # OpenAI's archives have three plain numbers among their tensors.
     Layout("clip text", "token_embedding.weight",
            r"(?!visual\.|input_resolution|context_length|vocab_size)", CLIP_TEXT_NAMES),
-    Layout("eva text", "text.token_embedding.weight", r"text\.|logit_scale", EVA_TEXT_NAMES),
+    Layout("eva text", "text.token_embedding.weight", r"text\.|logit_scale",
+           CLIP_TEXT_NAMES + [("^(?!logit_scale)", "text.")]),
     Layout("clip text", "text_model.embeddings.token_embedding.weight",
            r"(text_model(?!\.embeddings\.position_ids)|text_projection)\.|logit_scale",
-           HF_CLIP_TEXT_NAMES, {"projection": transposed}),
+           [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES,
+            ("^(?!text_projection|logit_scale)", "text_model.")],
+           {"projection": torch.t}, qkv=("q_proj", "k_proj", "v_proj")),
 ]
-ORDINARY = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
 
+
+# ---------------------------------------------------------------------------------------------
+# Loading and fetching
+# ---------------------------------------------------------------------------------------------
 
 def load_vision(path, image_size=None):
-    """A frozen vision tower from a published file, told by its content.
+    """A frozen vision tower from a published file; its tensors' names tell the family.
 
     That is DINOv2 with registers, CLIP, or EVA-02 as CLIP, as their authors published them, or the
-    first two in Hugging Face's layout, the file or its folder. Files of both of CLIP's towers serve
-    for either. `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and
-    depths are read off the tensors. With `image_size` (pixels) the grid of positions is resized to
-    that size once and for good; without, it stays as published and is resized for every input.
-    Raises WeightsError, naming the tensor, for anything missing, extra or misshapen; OSError where
-    the file cannot be read; ValueError where the patch does not divide `image_size`.
+    first two in Hugging Face's layout, the file or its folder. Files of CLIP hold both towers.
+    `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and depths are read
+    from the tensors. With `image_size` (pixels) the grid of positions is resized to that size once;
+    without it, the grid stays as published and is resized for every input. Raises WeightsError,
+    naming the tensor, for anything missing, extra or misshapen; OSError if the file cannot be read;
+    ValueError if the patch does not divide `image_size`.
     """
     tower = vision_tower(path, read_tensors(path))
     if image_size is not None:
@@ -738,27 +644,15 @@ def load_vision(path, image_size=None):
 
 def vision_tower(path, state):
     """`load_vision`, of tensors that were read from `path`."""
-    state, layout, size = in_layout(path, "vision", VISION_LAYOUTS, state)
-    tables = {name: state.pop(name) for name in list(state)
-              if ".freqs_" in name and layout.family == "eva"}
-    width, _, _, patch = size("patch.weight", 4)
-    positions = size("position", 3)[1]
-    grid = math.isqrt(positions - 1)
-    if grid == 0 or grid ** 2 != positions - 1:
-        raise WeightsError(f"{path}: tensor {renamed('position', layout.names)} is misshapen: "
-                           f"{positions} positions are not one and a square grid")
+    state, layout, depth, size = in_layout(path, "vision", VISION_LAYOUTS, state)
+    width = size("patch.weight", 0)
+    dinov2 = layout.family == "dinov2"
     shape = VisionShape(
-        patch, width, depth=count_blocks(path, state, layout), heads=heads_of(path, width),
-        grid=grid, registers=size("registers", 3)[1] if layout.family == "dinov2" else 0,
-        embed=0 if layout.family == "dinov2" else size("projection.weight", 2)[0],
-        family=layout.family)
-    tower = tower_from(ViT, shape, state, path, layout.names)
-    for name, table in tables.items():              # EVA-02's own cosines and sines
-        ours = tower.rotary_tables((grid, grid))[name.endswith("sin")]
-        if table.shape != ours.shape or not (table - ours).abs().max() < 0.01:   # of halves
-            raise WeightsError(f"{path}: tensor {name} holds other angles than those of EVA-02 "
-                               f"as CLIP")
-    return tower
+        patch=size("patch.weight", 3), width=width, depth=depth, heads=width // 64,
+        grid=math.isqrt(size("position", -2) - 1),
+        registers=size("registers", 1) if dinov2 else 0,
+        embed=0 if dinov2 else size("projection.weight", 0), family=layout.family)
+    return tower_from(ViT, shape, state, path, layout)
 
 
 def load_text(path):
@@ -771,68 +665,90 @@ def load_text(path):
 
 def text_tower(path, state):
     """`load_text`, of tensors that were read from `path`."""
-    state, layout, size = in_layout(path, "text", TEXT_LAYOUTS, state)
-    if layout.names is HF_CLIP_TEXT_NAMES:          # a text tower alone is saved without it
-        state.setdefault("logit_scale", torch.zeros(()))
-    vocabulary, width = size("embedding.weight", 2)
+    state, layout, depth, size = in_layout(path, "text", TEXT_LAYOUTS, state)
+    state.setdefault("logit_scale", torch.zeros(()))    # files of a text tower alone have none
+    width = size("embedding.weight", 1)
     shape = TextShape(
-        width, depth=count_blocks(path, state, layout), heads=heads_of(path, width),
-        embed=size("projection", 2)[1], vocabulary=vocabulary, positions=size("position", 2)[0],
+        width, depth, heads=width // 64, embed=size("projection", 1),
+        vocabulary=size("embedding.weight", 0), positions=size("position", 0),
         family=layout.family)
-    return tower_from(TextTransformer, shape, state, path, layout.names)
+    return tower_from(TextTransformer, shape, state, path, layout)
 
 
 def in_layout(path, kind, layouts, state):
-    """The tensors of one tower that a file in one of the `layouts` holds: (state, layout, size).
+    """The tensors of one tower in a file: (state, layout, depth, size).
 
-    `state` has our shapes under the file's names; `size(name, n)` is the shape of the tensor that
-    we call `name`, which must be there with n dimensions.
+    `size(name, axis)` is the length of one axis of the tensor that we call `name`.
     """
     layout = next((layout for layout in layouts if layout.mark in state), None)
     if layout is None:
         marks = ", ".join(f"{layout.mark} ({layout.family})" for layout in layouts)
-        raise WeightsError(f"{path}: no {kind} tower of a family known here, each of which has one "
-                           f"of {marks}; found {some_of(state)}")
+        raise WeightsError(f"{path}: no {kind} tower of a known family, each of which has one of "
+                           f"{marks}; found {', '.join(list(state)[:4])}, ...")
     state = {name: tensor for name, tensor in state.items() if re.match(layout.belongs, name)}
-    join(path, state)
+    block = re.escape(renamed("blocks.", layout.names)) + r"(\d+)\."
+    depth = len({match[1] for match in (re.match(block, name) for name in state) if match})
 
-    def size(name, count):
-        return dimensions(path, state, renamed(name, layout.names), count)
+    def size(name, axis):
+        stored = renamed(name, layout.names)
+        if layout.views.get(name) is torch.t:
+            axis = 1 - axis
+        try:
+            return state[stored].shape[axis]
+        except (KeyError, IndexError):
+            raise WeightsError(f"{path}: tensor {stored} is missing or misshapen") from None
 
-    for name, view in layout.views.items():
-        size(name, 1 if name == "class_token" else 2)
-        state[renamed(name, layout.names)] = view(state[renamed(name, layout.names)])
-    return state, layout, size
-
-
-def join(path, state):
-    """Puts Hugging Face's queries, keys and values, stored apart, together as `qkv`."""
-    stored = r"(.*\.(?:attention\.attention|self_attn)\.)(?:query|key|value|[qkv]_proj)(\.\w+)"
-    matches = [re.fullmatch(stored, name) for name in state]
-    for start, end in {match.groups() for match in matches if match}:
-        words = ("q_proj", "k_proj", "v_proj")
-        if start.endswith("attention.attention."):
-            words = ("query", "key", "value")
-        names = [f"{start}{word}{end}" for word in words]
-        shapes = [dimensions(path, state, name, 2 if end == ".weight" else 1) for name in names]
-        if len(set(shapes)) > 1:
-            raise WeightsError(f"{path}: tensors {names[0]} and its two companions are misshapen, "
-                               f"{shapes}")
-        state[f"{start}qkv{end}"] = torch.cat([state.pop(name) for name in names])
+    return state, layout, max(depth, 1), size
 
 
-def renamed(name, names):
-    """A tensor's name here to its name in a file."""
-    for pattern, replacement in names:
-        name = re.sub(pattern, replacement, name)
-    return name
+def tower_from(tower_class, shape, state, path, layout):
+    """A frozen tower of this shape that holds exactly these tensors, in single precision."""
+    with torch.device("meta"):
+        tower = tower_class(shape)
+    tower.to_empty(device="cpu")
+    stored = {}             # views of the tower's tensors, as the file names and shapes them
+    for name, tensor in tower.state_dict().items():
+        theirs, tensor = renamed(name, layout.names), layout.views.get(name, unchanged)(tensor)
+        if ".qkv." in name:
+            parts = zip(layout.qkv, tensor.chunk(len(layout.qkv)))
+            stored |= {theirs.replace("qkv", part): rows for part, rows in parts}
+        else:
+            stored[theirs] = tensor
+    load_tensors(tower, state, path, expected=stored)
+    return freeze(tower)
+
+
+@torch.no_grad()
+def load_tensors(module, state, path, names=(), expected=None):
+    """Copies each tensor of `state` into the module's tensor of the same name.
+
+    `expected`: the part of `module.state_dict()`, or views of it, that is filled; all by default.
+    `names` translates its names into those of the file. Raises WeightsError that names, in the
+    file's words, the first tensor missing, unexpected or misshapen, and their count, or one with
+    numbers that are not finite.
+    """
+    own = {renamed(name, names): tensor for name, tensor in
+           (module.state_dict() if expected is None else expected).items()}
+    check_plain(path, state)
+    for problem, found in (
+            ("missing", [name for name in own if name not in state]),
+            ("unexpected", [name for name in state if name not in own]),
+            ("misshapen", [f"{name}, {tuple(state[name].shape)} in the file, "
+                           f"{tuple(tensor.shape)} expected" for name, tensor in own.items()
+                           if name in state and state[name].shape != tensor.shape])):
+        if found:
+            raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: {found[0]}")
+    for name, tensor in own.items():
+        if not tensor.copy_(state[name]).isfinite().all():
+            raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite in "
+                               f"{tensor.dtype}")
 
 
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_file(path):
-    """The file that `path` is, or, where it is a folder as Hugging Face's, the one in it."""
+    """`path`, or the weight file in it if it is a folder of Hugging Face's. FileNotFoundError."""
     if not os.path.isdir(path):
         return path
     for name in HF_FILES:
@@ -842,157 +758,71 @@ def weight_file(path):
 
 
 def read_tensors(path):
-    """Name -> tensor of a PyTorch file, TorchScript archive or .safetensors file, on the CPU.
-
-    `path` may be a folder with such a file under one of Hugging Face's names.
-    """
+    """Name -> tensor of a PyTorch file, TorchScript archive, .safetensors file, or their folder."""
     path = weight_file(path)
     state = (read_safetensors(path)[0] if str(path).endswith(".safetensors") else
              read_file(path))
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor)
-            for name, tensor in state.items()):
-        raise WeightsError(f"{path}: not a table of named tensors")
     check_plain(path, state)
     return dict(state)
 
 
+NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
+
+
 def check_plain(path, state):
-    """WeightsError for an entry that is no ordinary tensor of numbers, all of them in the file."""
+    """Raises WeightsError unless `state` is a table of named tensors of ordinary numbers."""
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: not a table of named tensors")
     for name, tensor in state.items():
-        if (not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided
-                or tensor.is_nested or tensor.is_meta or tensor.dtype not in ORDINARY
-                or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()):
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                and tensor.dtype in NUMBERS):
             raise WeightsError(f"{path}: {name} is not a plain tensor of numbers")
 
 
 def read_safetensors(path):
-    """Name -> tensor, and the metadata, of a .safetensors file."""
-    with open(path, "rb"):
-        pass                                        # an OSError is about the path
+    """Name -> tensor, and the metadata, of a .safetensors file. Raises WeightsError, OSError."""
     try:
         import safetensors
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except ImportError:
         raise WeightsError(f"{path}: to read .safetensors files, pip install safetensors; or take "
                            f"the same weights as {HF_FILES[1]}") from None
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except Exception as error:                      # of a type of its own
+    except safetensors.SafetensorError as error:
         raise WeightsError(f"{path}: not a readable .safetensors file: {error}; "
                            f"fetch it again") from None
 
 
+# Some programs save a figure as a number of numpy's.
 NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
                    for core in ("core", "_core")),
                  np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64))]
 
 
 def read_file(path):
-    """What torch.save wrote, without running any code, or the tensors of a TorchScript archive.
+    """What torch.save wrote, or the tensors of a TorchScript archive, without running any code.
 
-    Raises WeightsError for all that is neither, OSError where the file cannot be opened.
+    Raises WeightsError for any other content, OSError if the file cannot be opened.
     """
     with open(path, "rb"):
-        pass                                        # an OSError from here on is about the content
+        pass                                        # any error after this is about the content
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
             warnings.simplefilter("ignore")         # about TorchScript's age, or a foreign pickle
+            code = []                               # the program of a TorchScript archive
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    unpacked = sum(part.file_size for part in archive.infolist())
-                    if unpacked > 4 * os.path.getsize(path) + 2**24:
-                        raise ValueError("it would unpack to many times its size")
                     if archive.testzip():           # PyTorch does not look at the checksums
-                        raise ValueError("a checksum is wrong, so it was damaged")
-                    # A TorchScript archive holds its program under code/.
-                    code = [name for name in archive.namelist() if "/code/" in name]
-                    if any(b"__setstate__" in archive.read(name) for name in code):
-                        raise ValueError("its program would run on loading")
-                    if code:
-                        return torch.jit.load(path, map_location="cpu").state_dict()
-            # Some programs keep a figure as a number of numpy's.
-            with torch.serialization.safe_globals(NUMPY_NUMBERS):
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise WeightsError(f"{path}: not a readable weight file: damaged, of another kind, or with "
-                           f"objects in it that could run code, which are refused") from None
-    except Exception as error:                      # each reader has exceptions of its own
-        reason = (str(error).strip() or repr(error)).splitlines()[0].partition(", file")[0]
-        raise WeightsError(f"{path}: not a readable weight file: {reason}; "
-                           f"fetch it again") from None
-
-
-def count_blocks(path, state, layout):
-    """How many blocks the names of a tower's tensors speak of. WeightsError for a gap."""
-    prefix = renamed("blocks.", layout.names).removesuffix(".")
-    numbers = [int(match[1]) for match in
-               (re.match(rf"{re.escape(prefix)}\.(\d{{1,4}})\.", name) for name in state) if match]
-    missing = set(range(len(set(numbers)) or 1)) - set(numbers)
-    if missing:
-        raise WeightsError(f"{path}: tensors missing: there is no {prefix}.{min(missing)}.*")
-    return max(numbers) + 1
-
-
-def heads_of(path, width):
-    """How many attention heads a published tower of this width has: each is 64 wide."""
-    if width % 64:
-        raise WeightsError(f"{path}: {width} channels cannot be shared by heads of 64")
-    return width // 64
-
-
-def dimensions(path, state, name, count):
-    """The shape of a tensor that must be there with so many dimensions, none of them 0."""
-    if name not in state:
-        raise WeightsError(f"{path}: tensor {name} is missing")
-    shape = tuple(state[name].shape)
-    if len(shape) != count or 0 in shape:
-        raise WeightsError(f"{path}: tensor {name} is misshapen, {shape}")
-    return shape
-
-
-def some_of(state):
-    return ", ".join(list(state)[:4]) + (", ..." if len(state) > 4 else "")
-
-
-def tower_from(tower_class, shape, state, path, names):
-    """A frozen tower of this shape that holds exactly these tensors, in single precision."""
-    with torch.device("meta"):
-        tower = tower_class(shape)
-    load_tensors(tower, state, path, names)
-    return freeze(tower)
-
-
-def load_tensors(module, state, path, names=(), expected=None):
-    """Puts the tensors of `state` in place of all of `module`'s, or of those in `expected`.
-
-    `names` translates the module's own names into those of the file. Raises WeightsError that
-    names, in the file's words, the first tensor missing, unexpected or misshapen, and their count.
-    """
-    own = module.state_dict() if expected is None else expected
-    theirs = {renamed(name, names): name for name in own}
-    check_plain(path, state)
-    for problem, found in (
-            ("missing", [n for n in theirs if n not in state]),
-            ("unexpected", [n for n in state if n not in theirs]),
-            ("misshapen", [n for n in theirs if state[n].shape != own[theirs[n]].shape]
-             if theirs.keys() <= state.keys() else [])):
-        if found:
-            detail = ""
-            if problem == "misshapen":
-                detail = (f", {tuple(state[found[0]].shape)} in the file, "
-                          f"{tuple(own[theirs[found[0]]].shape)} expected")
-            raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: "
-                               f"{found[0]}{detail}")
-    converted = {}
-    for name, tensor in state.items():
-        kind = own[theirs[name]].dtype
-        if tensor.is_floating_point() != kind.is_floating_point:
-            raise WeightsError(f"{path}: tensor {name} is of type {tensor.dtype}, {kind} expected")
-        converted[theirs[name]] = tensor.to(kind)
-        if not converted[theirs[name]].isfinite().all():
-            raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite in {kind}")
-    module.load_state_dict(converted, strict=expected is None, assign=True)
+                        raise ValueError("a checksum is wrong")
+                    code = [archive.read(name) for name in archive.namelist() if "/code/" in name]
+            if any(b"__setstate__" in part for part in code):
+                raise ValueError("its program would run on loading")
+            if code:
+                return torch.jit.load(path, map_location="cpu").state_dict()
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                      # each reader has other exceptions
+        raise WeightsError(f"{path}: not a readable weight file: it is damaged, of another kind, "
+                           f"or holds code, which is refused; fetch it again") from error
 
 
 def sha256(path):
@@ -1004,82 +834,135 @@ def sha256(path):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
-
 def download(name, folder="pretrained"):
-    """Fetches a file of PUBLISHED into a folder, and returns its path.
+    """Fetches a file of PUBLISHED into a folder, unless it is there, and returns its path.
 
-    What has arrived stays beside it as FILE.part, and the next call goes on from there. The file
-    gets its name only once it is whole and, where a SHA-256 is published, is found to be the one.
-    Raises OSError where it cannot be fetched or written, WeightsError for another SHA-256.
+    The file gets its name only when it is whole and has the published SHA-256. Raises OSError if it
+    cannot be fetched or written, WeightsError for another SHA-256.
     """
     published = PUBLISHED[name]
     target = os.path.join(folder, published.file)
-    part = f"{target}.part"
-    if os.path.isfile(target):
-        check_digest(target, published, "remove it to fetch it again")
+    if os.path.exists(target):
         return target
-    if os.path.exists(target) or os.path.exists(folder) and not os.path.isdir(folder):
-        raise OSError(f"{target}: cannot be made, something of that name is in the way")
     os.makedirs(folder, exist_ok=True)
-    here = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(
-        published.address, headers={"Range": f"bytes={here}-"} if here else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response, open(part, "ab") as file:
-            receive(response, file, here, published)
-            os.fsync(file.fileno())
-    except urllib.error.HTTPError as error:
-        whole = str(error.headers.get("Content-Range")).rpartition("/")[2]
-        if not (here and error.code == 416 and whole in (str(here), "None")):
-            raise OSError(f"{published.address}: {error}" + (
-                f"; {part} has {here} bytes of {whole}, remove it" if error.code == 416 else "")
-            ) from None
-        # else nothing was left to send
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException
-            ) as error:
-        reason = getattr(error, "reason", None) or error
-        raise OSError(f"{published.address}: {reason}; the same command goes on") from None
-    check_digest(part, published, f"remove {part} and fetch it again")
+    part = f"{target}.part"
+    with tqdm(desc=published.file, unit="B", unit_scale=True) as bar:
+        def show(blocks, block_size, total):
+            bar.total = total
+            bar.update(blocks * block_size - bar.n)
+
+        try:        # raises, unlike torch.hub's, if the connection ends early
+            urllib.request.urlretrieve(published.address, part, show)
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"{published.address}, fetched to {part}: {error}") from error
+    if published.sha256 not in (None, sha256(part)):
+        raise WeightsError(f"{part}: not the published file, whose SHA-256 is "
+                           f"{published.sha256[:16]}...; fetch it again")
     os.replace(part, target)
     return target
 
 
-def receive(response, file, here, published):
-    """Appends to `file`, of which `here` bytes are there, what is missing of a response's content.
-
-    OSError where the content ends early.
-    """
-    length = int(response.headers.get("Content-Length") or 0)
-    skip = 0 if getattr(response, "status", None) == 206 else here      # 206: only the rest comes
-    total = here - skip + length if length else None
-    with tqdm(desc=published.file, total=total, initial=here - skip, unit="B", unit_scale=True,
-              unit_divisor=1024) as bar:
-        while chunk := response.read(1 << 20):
-            bar.update(len(chunk))
-            file.write(chunk[skip:])
-            skip = max(0, skip - len(chunk))
-    if total is not None and bar.n < total:
-        raise OSError(f"{published.address}: cut off after {bar.n:,} of {total:,} bytes; the same "
-                      f"command goes on")
-
-
-def check_digest(path, published, remedy):
-    if published.sha256 is not None and sha256(path) != published.sha256:
-        raise WeightsError(f"{path}: not the published file, whose SHA-256 is "
-                           f"{published.sha256[:16]}...; {remedy}")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Fetch published weights into pretrained/.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("download", help="fetch a file, or go on fetching it")
-    command.add_argument("names", metavar="NAME", nargs="+", choices=PUBLISHED,
-                         help=", ".join(PUBLISHED))
+    parser.add_argument("command", choices=["download"])
+    parser.add_argument("names", metavar="NAME", nargs="+", choices=PUBLISHED,
+                        help=", ".join(PUBLISHED))
     for name in parser.parse_args().names:
         print(download(name))
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed on CPUs
+# ---------------------------------------------------------------------------------------------
+
+# PyTorch's products call MKL, which uses half of each vector unit on AMD's CPUs. oneDNN's linear
+# layer, which torch.compile uses, takes the whole. (Intel's CPUs with AVX-512 use it here, too;
+# whether they gain was not measured.)
+ONEDNN_LINEAR = None
+if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise
+
+
+def onednn_linear(x, weight, bias=None):
+    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")   # no activation after it
+
+
+class LinearByOneDNN(torch.autograd.Function):
+    """x (..., I), weight (O, I) and bias (O,) or None to x weight^T + bias, (..., O)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # frozen: keeps no x
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
+        x_learns, weight_learns, bias_learns = ctx.needs_input_grad
+        return (onednn_linear(gradient, weight.t()) if x_learns else None,
+                onednn_linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if weight_learns else None,
+                rows.sum(0) if bias_learns else None)
+
+
+def linear(x, weight, bias=None):
+    """`F.linear`, or oneDNN's for large layers: x (..., I), weight (O, I), bias (O,) to (..., O).
+
+    Below 2^23 multiplications an autograd function in Python costs more than oneDNN saves.
+    `F.linear` does autocast's casting, and has clear messages about sizes that do not fit.
+    """
+    if (ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and x.numel() * len(weight) >= 2**23 and x.shape[-1] == weight.shape[1]
+            and not torch.is_autocast_enabled("cpu")):
+        return LinearByOneDNN.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """PyTorch's layer, computed by `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class UnfusedAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
+
+    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its
+    backward is written by hand because it keeps the weights once, and a byte each for which were
+    dropped. Autograd would keep them three times: plain, masked, and the mask in their type.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, visible, dropout):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)            # (B, heads, N, M)
+        if visible is not None:
+            scores.masked_fill_(~visible, -torch.inf)
+        weights, dropped, ctx.rescale = scores.softmax(-1), None, 1.0
+        if dropout:
+            # Random numbers cost most, so each one of 64 bits serves four weights. That rounds the
+            # share to a multiple of 2^-16, below 1.
+            threshold = min(round(dropout * 2**16), 2**16 - 1)
+            bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+            dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
+            ctx.rescale = 1 / (1 - threshold / 2**16)
+        out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.rescale)
+        ctx.save_for_backward(q, k, v, weights, dropped, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        q, k, v, weights, dropped, out = ctx.saved_tensors
+        scale, rescaled = q.shape[-1] ** -0.5, gradient * ctx.rescale
+        used = weights if dropped is None else weights.masked_fill(dropped, 0)
+        to_v, to_scores = used.transpose(-1, -2) @ rescaled, rescaled @ v.transpose(-1, -2)
+        if dropped is not None:
+            to_scores.masked_fill_(dropped, 0)
+        # A softmax's backward subtracts from each row the sum of its weights times their gradients.
+        # That equals the sum over the channels of the output times its gradient.
+        to_scores.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
+        return to_scores @ k * scale, to_scores.transpose(-1, -2) @ q * scale, to_v, None, None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import textwrap
 import threading
 import time
 import unittest
+import urllib.request
 import zipfile
 import zlib
 from dataclasses import asdict, replace
@@ -656,80 +657,72 @@ class Counts(unittest.TestCase):
                 self.assertEqual(f"{row['tuned'] / 1e6:.2f}", f"{row['paper_millions']:.2f}", row)
 
 
+def drawn_tensors(shapes, layers):
+    """Random tensors of these shapes, and a weight and a bias for each of the layers."""
+    for name, shape in layers.items():
+        shapes = {**shapes, f"{name}weight": shape, f"{name}bias": shape[:1]}
+    return {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+
+
+def drawn_tensors(shapes, layers):
+    """Random tensors of these shapes, and a weight and a bias for each of the layers."""
+    for name, shape in layers.items():
+        shapes = {**shapes, f"{name}weight": shape, f"{name}bias": shape[:1]}
+    return {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+
+
 def dinov2_state(width=128, depth=2, patch=14, grid=5):
     """Random tensors under the official names and in the official shapes."""
-    state = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid ** 2, width),
-             "register_tokens": (1, 4, width), "mask_token": (1, width),
-             "patch_embed.proj.weight": (width, 3, patch, patch),
-             "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,)}
-    for i in range(depth):
-        for name, shape in (("norm1", width), ("norm2", width),
-                            ("attn.qkv", (3 * width, width)), ("attn.proj", (width, width)),
-                            ("mlp.fc1", (4 * width, width)),
-                            ("mlp.fc2", (width, 4 * width))):
-            shape = shape if isinstance(shape, tuple) else (shape,)
-            state[f"blocks.{i}.{name}.weight"] = shape
-            state[f"blocks.{i}.{name}.bias"] = shape[:1]
-        state[f"blocks.{i}.ls1.gamma"] = state[f"blocks.{i}.ls2.gamma"] = (width,)
-    return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+    one, square, up = (width,), (width, width), (4 * width, width)
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid ** 2, width),
+              "register_tokens": (1, 4, width), "mask_token": (1, width)}
+    layers = {"patch_embed.proj.": (width, 3, patch, patch), "norm.": one}
+    for b in (f"blocks.{i}." for i in range(depth)):
+        shapes |= {f"{b}ls1.gamma": one, f"{b}ls2.gamma": one}
+        layers |= {f"{b}norm1.": one, f"{b}norm2.": one, f"{b}attn.qkv.": (3 * width, width),
+                   f"{b}attn.proj.": square, f"{b}mlp.fc1.": up, f"{b}mlp.fc2.": up[::-1]}
+    return drawn_tensors(shapes, layers)
 
 
 def clip_state(width=128, depth=2, vision_width=128, grid=3, patch=16):
     """The same for OpenAI's CLIP, both towers."""
-    state = {"token_embedding.weight": (300, width), "positional_embedding": (77, width),
-             "text_projection": (width, 64), "ln_final.weight": (width,),
-             "ln_final.bias": (width,), "logit_scale": (),
-             "visual.class_embedding": (vision_width,), "visual.proj": (vision_width, 64),
-             "visual.positional_embedding": (1 + grid ** 2, vision_width),
-             "visual.conv1.weight": (vision_width, 3, patch, patch)}
-    for name in ("visual.ln_pre", "visual.ln_post"):
-        state[f"{name}.weight"] = state[f"{name}.bias"] = (vision_width,)
-    for prefix, width in (("", width), ("visual.", vision_width)):
-        for i in range(depth):
-            for name, shape in (("ln_1.", width), ("ln_2.", width),
-                                ("attn.in_proj_", (3 * width, width)),
-                                ("attn.out_proj.", (width, width)),
-                                ("mlp.c_fc.", (4 * width, width)),
-                                ("mlp.c_proj.", (width, 4 * width))):
-                shape = shape if isinstance(shape, tuple) else (shape,)
-                state[f"{prefix}transformer.resblocks.{i}.{name}weight"] = shape
-                state[f"{prefix}transformer.resblocks.{i}.{name}bias"] = shape[:1]
-    return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+    shapes = {"token_embedding.weight": (300, width), "positional_embedding": (77, width),
+              "text_projection": (width, 64), "logit_scale": (),
+              "visual.class_embedding": (vision_width,), "visual.proj": (vision_width, 64),
+              "visual.positional_embedding": (1 + grid ** 2, vision_width),
+              "visual.conv1.weight": (vision_width, 3, patch, patch)}
+    layers = {"ln_final.": (width,), "visual.ln_pre.": (vision_width,),
+              "visual.ln_post.": (vision_width,)}
+    for prefix, d in (("", width), ("visual.", vision_width)):
+        for b in (f"{prefix}transformer.resblocks.{i}." for i in range(depth)):
+            layers |= {f"{b}ln_1.": (d,), f"{b}ln_2.": (d,), f"{b}attn.in_proj_": (3 * d, d),
+                       f"{b}attn.out_proj.": (d, d), f"{b}mlp.c_fc.": (4 * d, d),
+                       f"{b}mlp.c_proj.": (d, 4 * d)}
+    return drawn_tensors(shapes, layers)
 
 
 def eva_state(width=192, depth=2, grid=3, patch=16):
-    """The same for EVA-02 as CLIP: CLIP's text tower, a vision tower of its own."""
-    state = {name if name == "logit_scale" else f"text.{name}": tensor.shape
-             for name, tensor in clip_state(depth=depth).items()
-             if not name.startswith("visual.")}
-    state |= {"visual.cls_token": (1, 1, width), "visual.pos_embed": (1, 1 + grid ** 2, width),
-              "visual.patch_embed.proj.weight": (width, 3, patch, patch),
-              "visual.patch_embed.proj.bias": (width,), "visual.head.weight": (64, width),
-              "visual.head.bias": (64,), "visual.norm.weight": (width,),
-              "visual.norm.bias": (width,)}
-    hidden = width // 3 * 8
-    for i in range(depth):
-        block = f"visual.blocks.{i}."
-        for name, out, into in (("attn.proj", width, width), ("mlp.w1", hidden, width),
-                                ("mlp.w2", hidden, width), ("mlp.w3", width, hidden)):
-            state[f"{block}{name}.weight"], state[f"{block}{name}.bias"] = (out, into), (out,)
-        for name, size in (("norm1", width), ("norm2", width), ("attn.inner_attn_ln", width),
-                           ("mlp.ffn_ln", hidden)):
-            state[f"{block}{name}.weight"] = state[f"{block}{name}.bias"] = (size,)
-        for letter in "qkv":
-            state[f"{block}attn.{letter}_proj.weight"] = (width, width)
-        state[f"{block}attn.q_bias"] = state[f"{block}attn.v_bias"] = (width,)
-    state = {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
-    angles = torch.zeros(grid * grid, 64, dtype=torch.float64)
-    for row in range(grid):
-        for column in range(grid):
-            for i in range(64):
-                rate = 10000 ** (-2 * (i % 32 // 2) / 32)
-                angles[row * grid + column, i] = (row if i < 32 else column) / grid * 16 * rate
-    for module in ("visual.rope", *(f"visual.blocks.{i}.attn.rope" for i in range(depth))):
-        state[f"{module}.freqs_cos"] = angles.cos().half()
-        state[f"{module}.freqs_sin"] = angles.sin().half()
-    return state
+    """The same for EVA-02 as CLIP, which has CLIP's text tower and another vision tower."""
+    text = {name if name == "logit_scale" else f"text.{name}": tensor
+            for name, tensor in clip_state(depth=depth).items() if not name.startswith("visual.")}
+    one, square, hidden = (width,), (width, width), width // 3 * 8
+    shapes = {"visual.cls_token": (1, 1, width), "visual.pos_embed": (1, 1 + grid ** 2, width)}
+    layers = {"visual.patch_embed.proj.": (width, 3, patch, patch), "visual.head.": (64, width),
+              "visual.norm.": one}
+    for b in (f"visual.blocks.{i}." for i in range(depth)):
+        shapes |= {f"{b}attn.{letter}_proj.weight": square for letter in "qkv"}
+        shapes |= {f"{b}attn.q_bias": one, f"{b}attn.v_bias": one,
+                   f"{b}attn.rope.freqs_cos": (grid ** 2, 64)}
+        layers |= {f"{b}norm1.": one, f"{b}norm2.": one, f"{b}attn.inner_attn_ln.": one,
+                   f"{b}attn.proj.": square, f"{b}mlp.w1.": (hidden, width),
+                   f"{b}mlp.w2.": (hidden, width), f"{b}mlp.ffn_ln.": (hidden,),
+                   f"{b}mlp.w3.": (width, hidden)}
+    return {**text, **drawn_tensors(shapes, layers)}
+
+
+def changed(state, change):
+    """A copy of a table after a change; None leaves an entry out."""
+    return {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
 
 
 class Towers(unittest.TestCase):
@@ -740,19 +733,35 @@ class Towers(unittest.TestCase):
         torch.save(state, path)
         return path
 
-    def test_dinov2_file_loads_whole(self):
-        state = dinov2_state()
-        tower = backbones.load_vision(self.saved(state))
-        self.assertEqual(tower.shape, backbones.VisionShape(14, 128, 2, 2, grid=5, registers=4))
-        mine = {tensor.double().sum().item() for tensor in tower.state_dict().values()}
-        self.assertEqual(mine, {tensor.double().sum().item() for tensor in state.values()})
-        tokens = tower(torch.randn(2, 3, 70, 42))
-        self.assertEqual(tokens.shape, (2, 5 + 5 * 3, 128))
-        self.assertFalse(any(p.requires_grad for p in tower.parameters()))
-        self.assertFalse(tower.train().training)
+    def test_files_load_whole(self):
+        image, tokens = torch.randn(2, 3, 112, 224), torch.tensor([[298, 5, 299]])
+        for state, shape, text_shape in (
+                (dinov2_state(), backbones.VisionShape(14, 128, 2, 2, grid=5, registers=4), None),
+                (clip_state(vision_width=192),
+                 backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="clip"),
+                 backbones.TextShape(128, 2, 2, 64, 300, 77)),
+                (eva_state(), backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="eva"),
+                 backbones.TextShape(128, 2, 2, 64, 300, 77, family="eva text"))):
+            path = self.saved(state)
+            towers = [backbones.load_vision(path)]
+            self.assertEqual(towers[0].shape, shape)
+            patches = 112 // shape.patch * (224 // shape.patch)
+            self.assertEqual(towers[0](image).shape[1], 1 + shape.registers + patches)
+            if text_shape:
+                towers.append(backbones.load_text(path))
+                self.assertEqual(towers[1].shape, text_shape)
+                words, sentence = towers[1](tokens)
+                self.assertEqual((words.shape, sentence.shape), ((1, 3, 128), (1, 64)))
+            sums = sorted(t.double().sum().item() for t in itertools.chain(
+                *(tower.state_dict().values() for tower in towers)))
+            self.assertEqual([round(s, 6) for s in sums], [round(s, 6) for s in sorted(
+                t.double().sum().item() for name, t in state.items() if "freqs" not in name)])
+            for tower in towers:
+                self.assertFalse(any(p.requires_grad for p in tower.parameters()))
+                self.assertFalse(tower.train().training)
 
     def by_hand(self, state, eps):
-        """The tensors in double precision, a norm and a linear layer by a file's names."""
+        """A tower in double precision, its tensors by the file's names, norm and linear layer."""
         s = {name: tensor.double() for name, tensor in state.items()}
 
         def norm(x, name):
@@ -763,7 +772,7 @@ class Towers(unittest.TestCase):
         def linear(x, name, join="."):
             return x @ s[f"{name}{join}weight"].T + s[f"{name}{join}bias"]
 
-        return s, norm, linear
+        return backbones.load_vision(self.saved(state)).double(), s, norm, linear
 
     def patches(self, image, weight):
         size = weight.shape[-1]
@@ -779,9 +788,7 @@ class Towers(unittest.TestCase):
 
     def test_dinov2_by_hand(self):
         """One block, written out from the official names."""
-        state = dinov2_state(depth=1)
-        tower = backbones.load_vision(self.saved(state)).double()
-        s, norm, linear = self.by_hand(state, 1e-6)
+        tower, s, norm, linear = self.by_hand(dinov2_state(depth=1), 1e-6)
         image = torch.randn(1, 3, 70, 70).double()
         x = torch.cat([s["cls_token"][0], self.patches(image[0], s["patch_embed.proj.weight"])
                        + s["patch_embed.proj.bias"]]) + s["pos_embed"][0]
@@ -794,13 +801,7 @@ class Towers(unittest.TestCase):
         self.assertLess(float((tower(image)[0] - norm(x, "norm")).abs().max()), 1e-10)
 
     def test_clip_vision_by_hand(self):
-        state = clip_state(depth=1)
-        path = self.saved(state)
-        tower = backbones.load_vision(path)
-        self.assertEqual(tower.shape, backbones.VisionShape(
-            16, 128, 1, 2, grid=3, embed=64, family="clip"))
-        self.assertFalse(any(p.requires_grad for p in tower.parameters()))
-        s, norm, linear = self.by_hand(state, 1e-5)
+        tower, s, norm, linear = self.by_hand(clip_state(depth=1), 1e-5)
         image = torch.randn(1, 3, 48, 48).double()
         x = torch.cat([s["visual.class_embedding"][None],
                        self.patches(image[0], s["visual.conv1.weight"])])
@@ -811,18 +812,12 @@ class Towers(unittest.TestCase):
         up = linear(norm(x, block + "ln_2"), block + "mlp.c_fc")
         x = x + linear(up / (1 + torch.exp(-1.702 * up)), block + "mlp.c_proj")
         x = norm(x, "visual.ln_post")
-        tower.double()
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-10)
         self.assertLess(float((tower.project(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
-        self.assertEqual(backbones.load_text(path).shape.width, 128)
 
     def test_eva_vision_by_hand(self):
-        """One block; the angles are the module's, in single precision."""
-        state = eva_state(depth=1)
-        tower = backbones.load_vision(self.saved(state))
-        self.assertEqual(tower.shape, backbones.VisionShape(
-            16, 192, 1, 3, grid=3, embed=64, family="eva"))
-        s, norm, linear = self.by_hand(state, 1e-6)
+        """One block; the rotary tables are the module's, in single precision."""
+        tower, s, norm, linear = self.by_hand(eva_state(depth=1), 1e-6)
         image = torch.randn(1, 3, 48, 48).double()
         x = torch.cat([s["visual.cls_token"][0],
                        self.patches(image[0], s["visual.patch_embed.proj.weight"])
@@ -831,78 +826,38 @@ class Towers(unittest.TestCase):
         y = norm(x, block + "norm1")
         q, k, v = (y @ s[f"{block}attn.{letter}_proj.weight"].T for letter in "qkv")
         q, v = q + s[block + "attn.q_bias"], v + s[block + "attn.v_bias"]
-
-        def turned(tokens):
-            """Pairs of channels as complex numbers, multiplied by e^(i angle)."""
-            tokens = tokens.clone()
-            for n in range(9):
-                for c in range(0, 192, 2):
-                    place = n // 3 if c % 64 < 32 else n % 3
-                    angle = place / 3 * 16 * 10000 ** (-(c % 32) / 32)
-                    number = complex(*tokens[1 + n, c:c + 2]) * complex(math.cos(angle),
-                                                                        math.sin(angle))
-                    tokens[1 + n, c], tokens[1 + n, c + 1] = number.real, number.imag
-            return tokens
-
-        y = norm(self.mixed(turned(q), turned(k), v), block + "attn.inner_attn_ln")
+        for tokens, n, c in itertools.product((q, k), range(9), range(0, 192, 2)):
+            # Pairs of channels as complex numbers, multiplied by e^(i angle).
+            place = n // 3 if c % 64 < 32 else n % 3
+            angle = place / 3 * 16 * 10000 ** (-(c % 32) / 32)
+            number = complex(*tokens[1 + n, c:c + 2]) * complex(math.cos(angle), math.sin(angle))
+            tokens[1 + n, c], tokens[1 + n, c + 1] = number.real, number.imag
+        y = norm(self.mixed(q, k, v), block + "attn.inner_attn_ln")
         x = x + linear(y, block + "attn.proj")
         y = norm(x, block + "norm2")
         gate = linear(y, block + "mlp.w1")
         y = gate / (1 + torch.exp(-gate)) * linear(y, block + "mlp.w2")
         x = norm(x + linear(norm(y, block + "mlp.ffn_ln"), block + "mlp.w3"), "visual.norm")
-        tower.double()
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-5)
         self.assertLess(float((tower.project(x) - linear(x, "visual.head")).abs().max()), 1e-10)
 
-    def test_rotary_positions_turn_the_image_alone(self):
+    def test_rotary_positions_rotate_the_patches_alone(self):
         torch.manual_seed(0)
         tower = backbones.ViT(backbones.VisionShape(8, 128, 1, 2, grid=4, embed=8, family="eva"))
-        angles = tower.rotary_tables((2, 3))
-        x = torch.randn(1, 2, 5 + 6, 64)        # class token and four guests before the image
-        turned = backbones.rotate(x, *angles)
-        self.assertTrue(torch.equal(turned[:, :, :5], x[:, :, :5]))
-        self.assertTrue(torch.equal(turned[:, :, 5], x[:, :, 5]))       # the place (0, 0)
-        self.assertTrue((turned[:, :, 6:] != x[:, :, 6:]).any(-1).all())
-        self.assertTrue(torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5))
-        # Whatever the grid, places span 16: (1, 0) of two rows is where (2, 0) of four is.
+        x = torch.randn(1, 2, 5 + 6, 64)        # the class token and four others before the patches
+        rotated = backbones.rotate(x, *tower.rotary_tables((2, 3)))
+        self.assertTrue(torch.equal(rotated[:, :, :6], x[:, :, :6]))    # and the place (0, 0)
+        self.assertTrue((rotated[:, :, 6:] != x[:, :, 6:]).any(-1).all())
+        self.assertTrue(torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-5))
+        # On any grid, places span 16: (1, 0) of two rows is where (2, 0) of four is.
         self.assertTrue(torch.equal(tower.rotary_tables((2, 3))[0][3],
                                     tower.rotary_tables((4, 4))[0][8]))
-
-    def test_eva_files(self):
-        state = eva_state()
-        path = self.saved(state)
-        tower = backbones.load_vision(path)
-        tokens = torch.tensor([[298, 5, 299]])
-        text = backbones.load_text(path)
-        self.assertEqual(text.shape.family, "eva text")
-        self.assertEqual([b.mlp.activation for b in text.blocks], [nn.functional.gelu] * 2)
-        self.assertEqual(text(tokens)[1].shape, (1, 64))
-        self.assertEqual(tower(torch.randn(1, 3, 64, 80)).shape, (1, 1 + 4 * 5, 192))
-        mine = sum(p.numel() for t in (tower, text) for p in t.parameters())
-        self.assertEqual(mine, sum(t.numel() for n, t in state.items() if "freqs" not in n))
-        for change, message in (
-                (lambda s: s.pop("visual.blocks.1.attn.q_bias"),
-                 r"missing, the first: visual\.blocks\.1\.attn\.q_bias"),
-                (lambda s: s.update({"visual.blocks.0.attn.k_bias": torch.zeros(192)}),
-                 "unexpected, the first: visual.blocks.0.attn.k_bias"),
-                (lambda s: s.update({"visual.rope.freqs_sin": s["visual.rope.freqs_cos"]}),
-                 "visual.rope.freqs_sin holds other angles"),
-                (lambda s: s.update({"visual.head.weight": torch.zeros(64, 7)}),
-                 r"visual\.head\.weight, \(64, 7\) in the file, \(64, 192\) expected")):
-            broken = dict(state)
-            change(broken)
-            with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
-                backbones.load_vision(self.saved(broken))
-        state.pop("text.ln_final.bias")
-        with self.assertRaisesRegex(backbones.WeightsError, "first: text.ln_final.bias"):
-            backbones.load_text(self.saved(state))
 
     def test_positions_are_resized_and_can_stay_so(self):
         path = self.saved(dinov2_state())
         image = torch.randn(1, 3, 98, 98)
         stays = backbones.load_vision(path, image_size=98)
-        self.assertEqual(stays.shape.grid, 7)
-        self.assertEqual(stays.position.shape, (1, 50, 128))
+        self.assertEqual((stays.shape.grid, stays.position.shape), (7, (1, 50, 128)))
         self.assertTrue(torch.equal(stays(image), backbones.load_vision(path)(image)))
         with self.assertRaisesRegex(ValueError, "14 does not divide"):
             backbones.load_vision(path, image_size=100)
@@ -915,187 +870,7 @@ class Towers(unittest.TestCase):
             self.assertTrue(torch.equal(tower.positions((7, 9))[:, 1:], expected))
             self.assertTrue(torch.equal(tower.positions((7, 9))[:, :1], tower.position[:, :1]))
 
-    def test_clip_files_plain_and_torchscript(self):
-        state = clip_state()
-        path = self.saved(state)
-        tower = backbones.load_text(path)
-        self.assertEqual(tower.shape, backbones.TextShape(128, 2, 2, 64, 300, 77))
-        tokens = torch.tensor([[298, 5, 299, 0, 0], [298, 7, 8, 9, 299]])
-        words, sentence = tower(tokens)
-        self.assertEqual((words.shape, sentence.shape), ((2, 5, 128), (2, 64)))
-        self.assertTrue(torch.allclose(sentence[1], words[1, 4] @ tower.projection, atol=1e-5))
-        # OpenAI's files are TorchScript archives in half precision, with three plain numbers.
-        root = nn.Module()
-        for name, tensor in {**state, "context_length": torch.tensor(77),
-                             "input_resolution": torch.tensor(224),
-                             "vocab_size": torch.tensor(300)}.items():
-            at, (*parts, last) = root, name.split(".")
-            for part in parts:
-                if not hasattr(at, part):
-                    at.add_module(part, nn.Module())
-                at = getattr(at, part)
-            at.register_buffer(last, tensor.half() if tensor.is_floating_point() else tensor)
-        archive = path.with_name("ViT-B-16.pt")
-        torch.jit.script(root).save(str(archive))
-        half = backbones.load_text(archive)
-        self.assertEqual(half.projection.dtype, torch.float32)
-        self.assertLess(float((half(tokens)[0] - words).abs().max()), 2e-2)
-
-    def test_text_is_causal_and_padding_stands_after_the_end(self):
-        tower = backbones.TextTransformer(backbones.TEXT["small"]).eval()
-        a = torch.tensor([[1000, 5, 6, 1001, 0, 0]])
-        b = torch.tensor([[1000, 5, 7, 1001, 0, 0]])
-        words_a, words_b = tower(a)[0], tower(b)[0]
-        self.assertTrue(torch.equal(words_a[:, :2], words_b[:, :2]))
-        self.assertFalse(torch.allclose(words_a[:, 2], words_b[:, 2]))
-        self.assertEqual(backbones.after_end(a).tolist(), [[False] * 4 + [True] * 2])
-
-    def test_bad_files_are_refused_by_name(self):
-        state = dinov2_state()
-        for change, message in (
-                (lambda s: s.pop("blocks.1.attn.qkv.bias"),
-                 r"1 tensor\(s\) missing, the first: blocks\.1\.attn\.qkv\.bias"),
-                (lambda s: s.update(extra=torch.zeros(3)), r"1 tensor\(s\) unexpected.*extra"),
-                (lambda s: s.update({"norm.weight": torch.zeros(7)}),
-                 r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
-                (lambda s: s.update({"blocks.0.ls1.gama": s.pop("blocks.0.ls1.gamma")}),
-                 r"missing, the first: blocks\.0\.ls1\.gamma"),
-                (lambda s: s.update({"cls_token": s["cls_token"].to("meta")}),
-                 "cls_token is not a plain tensor"),
-                (lambda s: s.update({"cls_token": torch.zeros(1, 1, 1).expand(1, 1, 128)}),
-                 "cls_token is not a plain tensor"),
-                (lambda s: s.update({"cls_token": s["cls_token"].to_sparse()}), "not a plain"),
-                (lambda s: s.update({"cls_token": s["cls_token"].to(torch.float8_e4m3fn)}),
-                 "not a plain"),
-                (lambda s: s.update({"cls_token": s["cls_token"].bool()}), "not a plain"),
-                (lambda s: s.update({"cls_token": s["cls_token"].long()}), "int64, .*float32 exp"),
-                (lambda s: s.update({"cls_token": s["cls_token"].double() + 1e300}),
-                 "cls_token holds numbers that are not finite in torch.float32"),
-                (lambda s: s.update({"blocks.0.freqs_cos": torch.zeros(3)}), "unexpected"),
-                (lambda s: s.update({f"blocks.{'9' * 5000}.x": torch.zeros(3)}), "unexpected"),
-                (lambda s: s.pop("register_tokens"), "no vision tower"),
-                (lambda s: s.pop("patch_embed.proj.weight"), "patch_embed.proj.weight is missing"),
-        ):
-            broken = dict(state)
-            change(broken)
-            with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
-                backbones.load_vision(self.saved(broken))
-        whole = self.saved(state)
-        half = whole.with_name("half.pth")
-        half.write_bytes(whole.read_bytes()[:5000])
-        for path in (half, self.saved([1, 2]), self.saved({"a": 1})):
-            with self.assertRaises(backbones.WeightsError):
-                backbones.load_vision(path)
-        with self.assertRaisesRegex(backbones.WeightsError, "no text tower"):
-            backbones.load_text(whole)
-
-    def test_a_weight_file_runs_no_code(self):
-        place = folder(self)
-        (place / "w.pth").write_bytes(pickle.dumps({"cls_token": Harm(place / "harmed")}))
-        with self.assertRaises(backbones.WeightsError):
-            backbones.load_vision(place / "w.pth")
-        self.assertFalse((place / "harmed").exists())
-
-
-def hugging_face(state):
-    """A state in the publishers' names under Hugging Face's: DINOv2's, or CLIP's with both."""
-    out = {}
-    for name, tensor in state.items():
-        dino = "cls_token" in state
-        vision = name.startswith("visual.")
-        if not dino:
-            name = name.removeprefix("visual.")
-        for ours, theirs in {
-                "cls_token": "embeddings.cls_token", "mask_token": "embeddings.mask_token",
-                "register_tokens": "embeddings.register_tokens",
-                "pos_embed": "embeddings.position_embeddings",
-                "patch_embed.proj": "embeddings.patch_embeddings.projection",
-                "norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias",
-                "class_embedding": "embeddings.class_embedding",
-                "positional_embedding": "embeddings.position_embedding.weight",
-                "conv1": "embeddings.patch_embedding",
-                "token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm",
-                "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm",
-                "text_projection": "text_projection.weight",
-                "proj": "visual_projection.weight"}.items():
-            if name == ours or name.startswith(ours + ".") and "blocks" not in name:
-                name = theirs + name[len(ours):]
-                if "projection.weight" in name and not dino:
-                    tensor = tensor.T.contiguous()
-                break
-        for ours, theirs in {
-                "transformer.resblocks.": "encoder.layers.", "blocks.": "encoder.layer.",
-                ".ls1.gamma": ".layer_scale1.lambda1", ".ls2.gamma": ".layer_scale2.lambda1",
-                ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".mlp.c_fc.": ".mlp.fc1.",
-                ".mlp.c_proj.": ".mlp.fc2.", ".attn.out_proj.": ".self_attn.out_proj.",
-                ".attn.proj.": ".attention.output.dense.", ".attn.in_proj_": ".self_attn.qkv.",
-                ".attn.qkv.": ".attention.attention.qkv."}.items():
-            name = name.replace(ours, theirs)
-        if not dino and name != "logit_scale" and "_projection." not in name:
-            name = ("vision_model." if vision else "text_model.") + name
-        words = ("query", "key", "value") if dino else ("q_proj", "k_proj", "v_proj")
-        if ".qkv." in name:
-            out |= {name.replace("qkv", word): part.clone()
-                    for word, part in zip(words, tensor.chunk(3))}
-        else:
-            out[name] = tensor
-    return out
-
-
-class HuggingFace(unittest.TestCase):
-    """Their layouts give the towers that the publishers' files give."""
-
-    def test_folders_and_files(self):
-        for state, towers in ((dinov2_state(), [backbones.load_vision]),
-                              (clip_state(), [backbones.load_vision, backbones.load_text])):
-            place = folder(self)
-            torch.save(state, place / "own.pt")
-            theirs = hugging_face(state)
-            if len(towers) == 2:
-                for kind in ("vision", "text"):
-                    theirs[f"{kind}_model.embeddings.position_ids"] = torch.arange(7)[None]
-            torch.save(theirs, place / "pytorch_model.bin")
-            for read in towers:
-                expected = read(place / "own.pt")
-                for path in (place, place / "pytorch_model.bin"):
-                    tower = read(path)
-                    self.assertEqual(tower.shape, expected.shape)
-                    for name, tensor in expected.state_dict().items():
-                        self.assertTrue(torch.equal(tower.state_dict()[name], tensor), name)
-            name = next(name for name in theirs if "key.bias" in name or "k_proj.bias" in name)
-            for change, message in (
-                    (lambda s: s.pop(name), f"tensor {name} is missing"),
-                    (lambda s: s.update({name: torch.zeros(3)}), "companions are misshapen"),
-                    (lambda s: s.update(extra=torch.zeros(3)), "extra")):
-                broken = dict(theirs)
-                change(broken)
-                torch.save(broken, place / "pytorch_model.bin")
-                if message == "extra" and len(towers) == 2:
-                    continue                # belongs to neither tower
-                reads = towers if "vision" not in name else towers[:1]
-                with self.assertRaisesRegex(backbones.WeightsError, message):
-                    for read in reads:
-                        read(place)
-        with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
-            backbones.load_vision(folder(self))
-
-    def test_safetensors(self):
-        place = folder(self)
-        (place / "model.safetensors").write_bytes(b"12345678{}")
-        try:
-            import safetensors.torch
-        except ImportError:
-            with self.assertRaisesRegex(backbones.WeightsError, "pip install safetensors"):
-                backbones.load_vision(place)
-            return
-        with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
-            backbones.load_vision(place)
-        state = dinov2_state()
-        safetensors.torch.save_file(hugging_face(state), place / "model.safetensors")
-        tower = backbones.load_vision(place)
-        self.assertTrue(torch.equal(tower.class_token, state["cls_token"]))
-
-    def test_old_positions(self):
+    def test_legacy_positions(self):
         """DINOv2's first release: cubic (a = -0.75), by the ratio of rows + 0.1 to those stored."""
         def cubic(distance, a=-0.75):
             d = abs(distance)
@@ -1116,66 +891,200 @@ class HuggingFace(unittest.TestCase):
                                for j in range(math.floor(at) - 1, math.floor(at) + 3))
                 self.assertAlmostEqual(float(found[i].detach()), expected, places=4)
 
+    def test_openais_archives(self):
+        """They are TorchScript, in half precision, with three plain numbers."""
+        state = clip_state()
+        plain = self.saved(state)
+        root = nn.Module()
+        for name, tensor in {**state, "context_length": torch.tensor(77),
+                             "input_resolution": torch.tensor(224),
+                             "vocab_size": torch.tensor(300)}.items():
+            at, (*parts, last) = root, name.split(".")
+            for part in parts:
+                if not hasattr(at, part):
+                    at.add_module(part, nn.Module())
+                at = getattr(at, part)
+            at.register_buffer(last, tensor.half() if tensor.is_floating_point() else tensor)
+        archive = plain.with_name("ViT-B-16.pt")
+        torch.jit.script(root).save(str(archive))
+        for read in (backbones.load_vision, backbones.load_text):
+            for half, single in zip(read(archive).parameters(), read(plain).parameters()):
+                self.assertTrue(torch.equal(half, single.half().float()))
+
+    def test_text_is_causal_and_padding_comes_after_the_end(self):
+        tower = backbones.TextTransformer(backbones.TEXT["small"]).eval()
+        a = torch.tensor([[1000, 5, 6, 1001, 0, 0]])
+        b = torch.tensor([[1000, 5, 7, 1001, 0, 0]])
+        (words_a, sentence), (words_b, _) = tower(a), tower(b)
+        self.assertTrue(torch.equal(words_a[:, :2], words_b[:, :2]))
+        self.assertFalse(torch.allclose(words_a[:, 2], words_b[:, 2]))
+        self.assertTrue(torch.allclose(sentence, words_a[:, 3] @ tower.projection, atol=1e-5))
+        self.assertEqual(backbones.after_end(a).tolist(), [[False] * 4 + [True] * 2])
+
+    def test_bad_files_are_refused_by_name(self):
+        dinov2, eva, zeros = dinov2_state(), eva_state(), torch.zeros
+        vision, text = backbones.load_vision, backbones.load_text
+        for read, state, change, message in (
+                (vision, dinov2, {"blocks.1.attn.qkv.bias": None},
+                 r"1 tensor\(s\) missing, the first: blocks\.1\.attn\.qkv\.bias"),
+                (vision, dinov2, {"extra": zeros(3)}, r"1 tensor\(s\) unexpected.*extra"),
+                (vision, dinov2, {"norm.weight": zeros(7)},
+                 r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
+                (vision, dinov2, {"pos_embed": zeros(1, 25, 128)}, "misshapen.*pos_embed"),
+                (vision, dinov2, {"cls_token": zeros(1, 1, 128).bool()}, "_token is not a plain"),
+                (vision, dinov2, {"cls_token": 5}, "cls_token is not a plain"),
+                (vision, dinov2, {"cls_token": zeros(1, 1, 128).double() + 1e300},
+                 "cls_token holds numbers that are not finite in torch.float32"),
+                (vision, dinov2, {"register_tokens": None}, "no vision tower"),
+                (vision, dinov2, {"patch_embed.proj.weight": None}, "proj.weight is missing"),
+                (vision, dinov2, {"patch_embed.proj.weight": zeros(128, 588)}, "or misshapen"),
+                (vision, eva, {"visual.blocks.1.attn.q_bias": None},
+                 r"missing, the first: visual\.blocks\.1\.attn\.q_bias"),
+                (vision, eva, {"visual.blocks.0.attn.k_bias": zeros(192)},
+                 "unexpected, the first: visual.blocks.0.attn.k_bias"),
+                (vision, eva, {"visual.head.weight": zeros(64, 7)},
+                 r"visual\.head\.weight, \(64, 7\) in the file, \(64, 192\) expected"),
+                (text, eva, {"text.ln_final.bias": None}, "first: text.ln_final.bias"),
+                (text, dinov2, {}, "no text tower")):
+            with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
+                read(self.saved(changed(state, change)))
+
+    def test_unreadable_files_are_refused_and_run_no_code(self):
+        class Script(nn.Module):
+            @torch.jit.export
+            def __getstate__(self):
+                return 1
+
+            @torch.jit.export
+            def __setstate__(self, state: int):
+                torch.from_file("harmed", True, 4)
+
+            def forward(self, x):
+                return x
+
+        path = self.saved(dinov2_state())
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 3] ^= 0x40
+        torch.jit.script(Script()).save(str(path))
+        for content, message in (
+                (whole[:5000], "not a readable"), (flipped, "not a readable"),
+                (path.read_bytes(), "not a readable"), (b"", "not a readable"),
+                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable"),
+                (pickle.dumps([1, 2], protocol=2), "not a ")):
+            path.write_bytes(content)
+            with self.assertRaisesRegex(backbones.WeightsError, f"weights.pth: {message}"):
+                backbones.load_vision(path)
+        self.assertFalse(path.with_name("harmed").exists() or Path("harmed").exists())
+
+
+def hugging_face(state):
+    """A state in the publishers' names under Hugging Face's: DINOv2's, or CLIP's with both."""
+    dinov2 = "cls_token" in state
+    words = ("query", "key", "value") if dinov2 else ("q_proj", "k_proj", "v_proj")
+    names = {
+        r"^(cls|mask|register)_token": r"embeddings.\1_token", "^norm": "layernorm",
+        "^pos_embed": "embeddings.position_embeddings", "^blocks": "encoder.layer",
+        "^patch_embed.proj": "embeddings.patch_embeddings.projection",
+        r"ls(\d).gamma": r"layer_scale\1.lambda1", "attn.proj": "attention.output.dense",
+        "attn.qkv": "attention.attention.qkv"} if dinov2 else {
+        "^(class|token)_embedding": r"embeddings.\1_embedding", "^ln_final": "final_layer_norm",
+        "^positional_embedding": "embeddings.position_embedding.weight",
+        "^conv1": "embeddings.patch_embedding", "^ln_pre": "pre_layrnorm",
+        "^ln_post": "post_layernorm", "^proj$": "visual_projection.weight",
+        "^text_projection": "text_projection.weight", "^transformer.resblocks": "encoder.layers",
+        r"\.ln_(\d)": r".layer_norm\1", "c_fc": "fc1", "c_proj": "fc2",
+        "attn.out_proj": "self_attn.out_proj", "attn.in_proj_": "self_attn.qkv."}
+    out = {}
+    for name, tensor in state.items():
+        model_prefix = "vision_model." if name.startswith("visual.") else "text_model."
+        name = name.removeprefix("visual.")
+        for official, theirs in names.items():
+            name = re.sub(official, theirs, name)
+        if "_projection." in name:
+            tensor = tensor.T.contiguous()
+        elif not dinov2 and name != "logit_scale":
+            name = model_prefix + name
+        if ".qkv." in name:
+            out |= {name.replace("qkv", word): part.clone()
+                    for word, part in zip(words, tensor.chunk(3))}
+        else:
+            out[name] = tensor
+    return out
+
+
+class HuggingFace(unittest.TestCase):
+    """Their layouts give the towers that the publishers' files give."""
+
+    def test_folders_and_files(self):
+        vision, text = backbones.load_vision, backbones.load_text
+        ids = {f"{kind}_model.embeddings.position_ids": torch.arange(7)[None]
+               for kind in ("vision", "text")}
+        for state, more, reads in ((dinov2_state(), {}, [vision]),
+                                   (clip_state(), ids, [vision, text])):
+            place = folder(self)
+            torch.save(state, place / "own.pt")
+            theirs = {**hugging_face(state), **more}
+            torch.save(theirs, place / "pytorch_model.bin")
+            for read, path in itertools.product(reads, (place, place / "pytorch_model.bin")):
+                tower, expected = read(path), read(place / "own.pt")
+                self.assertEqual(tower.shape, expected.shape)
+                for name, tensor in expected.state_dict().items():
+                    self.assertTrue(torch.equal(tower.state_dict()[name], tensor), name)
+            for name in [name for name in theirs if re.search(r"0\..*\.(key|k_proj)\.bias", name)]:
+                for value, message in ((None, "missing, the first"), (torch.zeros(3), "misshapen")):
+                    torch.save(changed(theirs, {name: value}), place / "pytorch_model.bin")
+                    with self.assertRaisesRegex(backbones.WeightsError, f"{message}.*{name}"):
+                        reads["text_model" in name](place)
+        with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
+            vision(folder(self))
+
+    def test_safetensors(self):
+        place = folder(self)
+        (place / "model.safetensors").write_bytes(b"12345678{}")
+        try:
+            import safetensors.torch
+        except ImportError:
+            with self.assertRaisesRegex(backbones.WeightsError, "pip install safetensors"):
+                backbones.load_vision(place)
+            return
+        with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
+            backbones.load_vision(place)
+        state = dinov2_state()
+        safetensors.torch.save_file(hugging_face(state), place / "model.safetensors")
+        tower = backbones.load_vision(place)
+        self.assertTrue(torch.equal(tower.class_token, state["cls_token"]))
+
 
 class Download(unittest.TestCase):
-    def setUp(self):
-        self.place = folder(self)
-        self.content = bytes(range(256)) * 9000         # 2.3 MB
-        (self.place / "there.bin").write_bytes(self.content)
-        self.at = (self.place / "there.bin").as_uri()
-        self.digest = backbones.sha256(self.place / "there.bin")
-
-    def fetch(self, digest=None, address=None):
-        published = backbones.Published("file.bin", address or self.at, digest)
-        with mock.patch.dict(backbones.PUBLISHED, thing=published), \
-                contextlib.redirect_stderr(io.StringIO()):
-            return backbones.download("thing", self.place / "pretrained")
-
-    def files(self):
-        return {p.name: p.stat().st_size for p in (self.place / "pretrained").iterdir()}
-
-    def test_whole_and_resumed(self):
-        self.assertEqual(Path(self.fetch(self.digest)).read_bytes(), self.content)
-        self.assertEqual(self.files(), {"file.bin": len(self.content)})
-        self.fetch(self.digest)                         # is there: nothing to do
-        target = self.place / "pretrained" / "file.bin"
-        for have in (0, 1, 1_500_000, len(self.content)):
-            target.unlink()
-            target.with_name("file.bin.part").write_bytes(self.content[:have])
-            self.fetch(self.digest)
-            self.assertEqual(target.read_bytes(), self.content, have)
-
-    def test_a_cut_connection_leaves_the_part_and_no_file(self):
-        whole, sent = len(self.content), self.content[:1_000_000]
+    def test_whole_or_not_at_all(self):
+        place = folder(self)
+        content = bytes(range(256)) * 900
+        (place / "there.bin").write_bytes(content)
+        address, digest = (place / "there.bin").as_uri(), backbones.sha256(place / "there.bin")
 
         class Cut(io.BytesIO):
-            headers = {"Content-Length": str(whole)}
-            status = 200
+            def info(self):
+                return dict.fromkeys(("content-length", "Content-Length"), str(len(content) + 1))
 
-        with mock.patch("urllib.request.urlopen", lambda *_, **__: Cut(sent)):
-            with self.assertRaisesRegex(OSError, "cut off after 1,000,000 of 2,304,000 bytes"):
-                self.fetch(self.digest)
-        self.assertEqual(self.files(), {"file.bin.part": 1_000_000})
-        asked = []
+        def cut(*_):
+            return Cut(content)
 
-        class Rest(io.BytesIO):
-            headers = {"Content-Length": str(whole - 1_000_000)}
-            status = 206
-
-        def rest(request, timeout):
-            asked.append(request.get_header("Range"))
-            return Rest(self.content[1_000_000:])
-
-        with mock.patch("urllib.request.urlopen", rest):
-            self.assertEqual(Path(self.fetch(self.digest)).read_bytes(), self.content)
-        self.assertEqual(asked, ["bytes=1000000-"])
-
-    def test_another_file_never_gets_the_name(self):
-        with self.assertRaisesRegex(backbones.WeightsError, "not the published file.*remove"):
-            self.fetch("0" * 64)
-        self.assertEqual(list(self.files()), ["file.bin.part"])
-        with self.assertRaisesRegex(OSError, "no/where"):
-            self.fetch(address=(self.place / "no" / "where").as_uri())
+        for at, expected, opens, error, message in (
+                ((place / "no").as_uri(), digest, urllib.request.urlopen, OSError, "/no.*/no'"),
+                (address, digest, cut, OSError, "retrieval incomplete"),
+                (address, "0" * 64, urllib.request.urlopen, backbones.WeightsError,
+                 "file.bin.part: not the published file.*fetch it again"),
+                (address, None, urllib.request.urlopen, None, ""),
+                (address, digest, cut, None, "")):      # is there: nothing to do
+            published = backbones.Published("file.bin", at, expected)
+            refused = self.assertRaisesRegex(error, message) if error else contextlib.nullcontext()
+            with mock.patch.dict(backbones.PUBLISHED, thing=published), refused, \
+                    mock.patch("urllib.request.urlopen", opens), \
+                    contextlib.redirect_stderr(io.StringIO()):
+                path = Path(backbones.download("thing", place / "pretrained"))
+            self.assertEqual((place / "pretrained" / "file.bin").exists(), error is None)
+        self.assertEqual(path.read_bytes(), content)
 
 
 class Harm:
