@@ -87,93 +87,6 @@ class Config:
         return self.train_towers or self.method == "full"
 
 
-# For drawn data: small, and quickly trained. There are no pretrained towers, so they learn, too.
-DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
-         "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
-         "batch_size": 16, "lr": 1e-3, "epochs": 4, "milestones": (3,)}
-DCRIS_B = Config()
-DCRIS_L = replace(
-    DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
-    batch_size=64, lr=2e-4)
-# The DCRIS authors' released program, with its own recipe.
-DETRIS_B, DETRIS_L = (
-    replace(config, text_convolutions=True, legacy_position_resize=True, batch_size=32, lr=1e-4)
-    for config in (replace(DCRIS_B, epochs=65, milestones=(35, 55)), DCRIS_L))
-# The authors' programs train CLIP's positions besides what they count, and so do these.
-BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
-                  features=(3, 7))
-ETRIS_B = replace(BARLERIA, method="etris", visual_flows=False)
-PRESETS = {
-    "shapes": replace(
-        DCRIS_B, vision="small", visual_adapter_layers=(2,), visual_adapter_rank=32,
-        text_adapter_layers=(1,), text_adapter_rank=16, **DRAWN),
-    "shapes-barleria": replace(
-        BARLERIA, vision="small-clip", intertwined_rank=16, global_blocks=2, global_width=48,
-        global_heads=2, global_queries=8, global_patch=8, **DRAWN),
-    "dcris-b": DCRIS_B,
-    "dcris-l": DCRIS_L,
-    "detris-b": DETRIS_B,
-    "detris-l": DETRIS_L,
-    "detris-l-mixed": replace(
-        DETRIS_L, visual_adapter_rank=384, visual_adapter_layers=tuple(range(1, 24)),
-        text_adapter_rank=384, text_adapter_layers=tuple(range(1, 12)), length=22),
-    "barleria": BARLERIA,
-    "barleria-eva": replace(BARLERIA, vision="eva-b", text="eva-b"),
-    "barleria-l": replace(                      # 416 is no multiple of its patches' 14 pixels
-        BARLERIA, vision="clip-l", text="clip-l", image_size=420, features=(7, 15), batch_size=64,
-        lr=2e-4),
-    "barleria-local": replace(BARLERIA, global_blocks=0),
-    "snf": replace(BARLERIA, text_flows=False, intertwined=False, global_blocks=0),
-    "etris": ETRIS_B,
-    "etris-dino": replace(ETRIS_B, vision="dinov2-b", image_size=448),
-    "snf-etris": replace(ETRIS_B, visual_flows=True),
-    "full": replace(DCRIS_B, method="full"),
-    "fixed": replace(DCRIS_B, method="fixed"),
-    "houlsby": replace(DCRIS_B, method="houlsby"),
-    "compacter": replace(DCRIS_B, method="compacter", tuner_rank=208),
-    "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
-}
-# All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
-# 0.09 to 0.10 million parameters; flows alone, and guests, have fewer.
-CARRIED = {**DRAWN, "vision": "small", "train_towers": False}
-PRESETS |= {
-    "shapes-full": replace(PRESETS["full"], **CARRIED),
-    "shapes-fixed": replace(PRESETS["fixed"], **CARRIED),
-    "shapes-houlsby": replace(PRESETS["houlsby"], tuner_rank=80, **CARRIED),
-    "shapes-compacter": replace(PRESETS["compacter"], tuner_rank=304, **CARRIED),
-    "shapes-lora": replace(PRESETS["lora"], tuner_rank=12, **CARRIED),
-    "shapes-dcris": replace(PRESETS["shapes"], **CARRIED),
-    "shapes-etris": replace(PRESETS["etris"], bridges=2, bridge_width=56, **CARRIED),
-    "shapes-snf": replace(PRESETS["snf"], **CARRIED),
-    "shapes-snf-etris": replace(PRESETS["snf-etris"], bridges=2, bridge_width=56, **CARRIED),
-    "shapes-barleria-local": replace(PRESETS["barleria-local"], intertwined_rank=16, **CARRIED),
-}
-
-
-ODD = Config.visual_adapter_layers
-
-
-def adapters_at(visual, text):
-    return {"visual_adapter_layers": visual, "text_adapter_layers": text}
-
-
-# Rows of the table: preset, overrides, millions of tuned parameters as the papers print them.
-TABLE = [
-    ("full", {}, 149.97), ("fixed", {}, 0.00), ("houlsby", {}, 1.98), ("compacter", {}, 1.62),
-    ("lora", {}, 1.57), ("etris-dino", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
-    ("detris-b", {}, None), ("detris-l", {}, None), ("detris-l-mixed", {}, None),
-    ("etris", {}, 1.39), ("snf", {}, 0.18), ("snf-etris", {}, 1.57), ("barleria-local", {}, 0.39),
-    ("barleria", {}, 2.21), ("barleria-eva", {}, None), ("barleria-l", {}, None),
-    *((name, {}, None) for name in PRESETS if name.startswith("shapes")),
-    ("dcris-b", adapters_at(ODD, ()), None), ("dcris-b", adapters_at((), ODD), None),   # Table 3
-    *(("dcris-b", {"visual_adapter_rank": visual, "text_adapter_rank": text}, None)     # Table 4
-      for visual, text in ((64, 64), (128, 64), (128, 128), (256, 128))),
-    *(("dcris-b", adapters_at(layers, layers), millions) for layers, millions in [      # Table 5
-        ((8,), 0.45), ((6, 11), 0.90), ((4, 8, 11), 1.35), ((3, 6, 9, 11), 1.80),
-        ((3, 5, 7, 9, 11), 2.25), (ODD, 2.69), ((1, 3, 5, 7, 9, 10, 11), 3.14),
-        ((1, 3, 4, 5, 7, 9, 10, 11), 3.59), (tuple(range(12)), 5.39)])]
-
-
 class DCRIS(nn.Module):
     """DCRIS (Xu et al., 2024, Figure 1): all of the text first, then the image reading its words.
 
@@ -473,6 +386,97 @@ def wrap_linears(module, wrap):
 
 METHODS = {"dcris": DCRIS, "barleria": BarLeRIa, "etris": ETRIS,
            **dict.fromkeys(("full", "fixed", "houlsby", "compacter", "lora"), UniModal)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Presets
+# ---------------------------------------------------------------------------------------------
+
+# For drawn data: small, and quickly trained. There are no pretrained towers, so they learn, too.
+DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
+         "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
+         "batch_size": 16, "lr": 1e-3, "epochs": 4, "milestones": (3,)}
+DCRIS_B = Config()
+DCRIS_L = replace(
+    DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
+    batch_size=64, lr=2e-4)
+# The DCRIS authors' released program, with its own recipe.
+DETRIS_B, DETRIS_L = (
+    replace(config, text_convolutions=True, legacy_position_resize=True, batch_size=32, lr=1e-4)
+    for config in (replace(DCRIS_B, epochs=65, milestones=(35, 55)), DCRIS_L))
+# The authors' programs train CLIP's positions besides what they count, and so do these.
+BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
+                  features=(3, 7))
+ETRIS_B = replace(BARLERIA, method="etris", visual_flows=False)
+PRESETS = {
+    "shapes": replace(
+        DCRIS_B, vision="small", visual_adapter_layers=(2,), visual_adapter_rank=32,
+        text_adapter_layers=(1,), text_adapter_rank=16, **DRAWN),
+    "shapes-barleria": replace(
+        BARLERIA, vision="small-clip", intertwined_rank=16, global_blocks=2, global_width=48,
+        global_heads=2, global_queries=8, global_patch=8, **DRAWN),
+    "dcris-b": DCRIS_B,
+    "dcris-l": DCRIS_L,
+    "detris-b": DETRIS_B,
+    "detris-l": DETRIS_L,
+    "detris-l-mixed": replace(
+        DETRIS_L, visual_adapter_rank=384, visual_adapter_layers=tuple(range(1, 24)),
+        text_adapter_rank=384, text_adapter_layers=tuple(range(1, 12)), length=22),
+    "barleria": BARLERIA,
+    "barleria-eva": replace(BARLERIA, vision="eva-b", text="eva-b"),
+    "barleria-l": replace(                      # 416 is no multiple of its patches' 14 pixels
+        BARLERIA, vision="clip-l", text="clip-l", image_size=420, features=(7, 15), batch_size=64,
+        lr=2e-4),
+    "barleria-local": replace(BARLERIA, global_blocks=0),
+    "snf": replace(BARLERIA, text_flows=False, intertwined=False, global_blocks=0),
+    "etris": ETRIS_B,
+    "etris-dino": replace(ETRIS_B, vision="dinov2-b", image_size=448),
+    "snf-etris": replace(ETRIS_B, visual_flows=True),
+    "full": replace(DCRIS_B, method="full"),
+    "fixed": replace(DCRIS_B, method="fixed"),
+    "houlsby": replace(DCRIS_B, method="houlsby"),
+    "compacter": replace(DCRIS_B, method="compacter", tuner_rank=208),
+    "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
+}
+# All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
+# 0.09 to 0.10 million parameters; flows alone, and guests, have fewer.
+CARRIED = {**DRAWN, "vision": "small", "train_towers": False}
+PRESETS |= {
+    "shapes-full": replace(PRESETS["full"], **CARRIED),
+    "shapes-fixed": replace(PRESETS["fixed"], **CARRIED),
+    "shapes-houlsby": replace(PRESETS["houlsby"], tuner_rank=80, **CARRIED),
+    "shapes-compacter": replace(PRESETS["compacter"], tuner_rank=304, **CARRIED),
+    "shapes-lora": replace(PRESETS["lora"], tuner_rank=12, **CARRIED),
+    "shapes-dcris": replace(PRESETS["shapes"], **CARRIED),
+    "shapes-etris": replace(PRESETS["etris"], bridges=2, bridge_width=56, **CARRIED),
+    "shapes-snf": replace(PRESETS["snf"], **CARRIED),
+    "shapes-snf-etris": replace(PRESETS["snf-etris"], bridges=2, bridge_width=56, **CARRIED),
+    "shapes-barleria-local": replace(PRESETS["barleria-local"], intertwined_rank=16, **CARRIED),
+}
+
+
+ODD = Config.visual_adapter_layers
+
+
+def adapters_at(visual, text):
+    return {"visual_adapter_layers": visual, "text_adapter_layers": text}
+
+
+# Rows of the table: preset, overrides, millions of tuned parameters as the papers print them.
+TABLE = [
+    ("full", {}, 149.97), ("fixed", {}, 0.00), ("houlsby", {}, 1.98), ("compacter", {}, 1.62),
+    ("lora", {}, 1.57), ("etris-dino", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
+    ("detris-b", {}, None), ("detris-l", {}, None), ("detris-l-mixed", {}, None),
+    ("etris", {}, 1.39), ("snf", {}, 0.18), ("snf-etris", {}, 1.57), ("barleria-local", {}, 0.39),
+    ("barleria", {}, 2.21), ("barleria-eva", {}, None), ("barleria-l", {}, None),
+    *((name, {}, None) for name in PRESETS if name.startswith("shapes")),
+    ("dcris-b", adapters_at(ODD, ()), None), ("dcris-b", adapters_at((), ODD), None),   # Table 3
+    *(("dcris-b", {"visual_adapter_rank": visual, "text_adapter_rank": text}, None)     # Table 4
+      for visual, text in ((64, 64), (128, 64), (128, 128), (256, 128))),
+    *(("dcris-b", adapters_at(layers, layers), millions) for layers, millions in [      # Table 5
+        ((8,), 0.45), ((6, 11), 0.90), ((4, 8, 11), 1.35), ((3, 6, 9, 11), 1.80),
+        ((3, 5, 7, 9, 11), 2.25), (ODD, 2.69), ((1, 3, 5, 7, 9, 10, 11), 3.14),
+        ((1, 3, 4, 5, 7, 9, 10, 11), 3.59), (tuple(range(12)), 5.39)])]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -786,6 +790,66 @@ def export(checkpoint_path, out):
 
 
 # ---------------------------------------------------------------------------------------------
+# The table of parameters
+# ---------------------------------------------------------------------------------------------
+
+def count(model):
+    """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
+
+    Positions are `clip_positions` where they learn. The authors of ETRIS and BarLeRIa let them,
+    without counting them, and DCRIS's figure for full tuning does not count them, either.
+    """
+    apart = {id(position) for position in clip_positions(model)}
+    sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        kind = ("head" if name.startswith("head.") else
+                "frozen" if not parameter.requires_grad else
+                "positions" if id(parameter) in apart else "tuned")
+        sizes[kind] += parameter.numel()
+    return sizes
+
+
+def differences(overrides):
+    """In words, how a row of the table differs from its preset."""
+    layers = overrides.get("visual_adapter_layers", ())
+    if layers and layers == overrides["text_adapter_layers"]:
+        return f", layers {list(layers)}"
+    return "".join(f", {field.replace('_adapter_', ' ')} "
+                   f"{list(value) if isinstance(value, tuple) else value}"
+                   for field, value in overrides.items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The presets and their parameters.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("export", help="write the tuned part of a checkpoint alone")
+    command.add_argument("ckpt", metavar="CKPT")
+    command.add_argument("out", metavar="OUT", help="OUT.pt or OUT.safetensors")
+    args = parser.parse_args()
+    if args.command == "export":
+        if Path(args.out).suffix not in (".pt", ".safetensors"):
+            parser.error("OUT ends in .pt or .safetensors")
+        export(args.ckpt, args.out)
+        return
+    rows = []
+    for preset, overrides, paper in TABLE:
+        with torch.device("meta"):          # shapes only, no memory
+            sizes = count(build(preset, **overrides))
+        rows.append({"preset": preset + differences(overrides), **sizes, "paper_millions": paper})
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print("Parameters in millions. Tuned: all that learns but for the head and CLIP's position\n"
+          "embeddings; beside it the paper's figure.\n")
+    print("| preset | frozen | tuned | paper | positions | head |\n|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        paper = "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}"
+        print(f"| {row['preset']} | {row['frozen'] / 1e6:.2f} | {row['tuned'] / 1e6:.2f} | {paper} "
+              f"| {row['positions'] / 1e6:.2f} | {row['head'] / 1e6:.2f} |")
+
+
+# ---------------------------------------------------------------------------------------------
 # Checkpoints of the authors' programs, DETRIS and ETRIS
 # ---------------------------------------------------------------------------------------------
 
@@ -926,66 +990,6 @@ def shape_name(table, shape):
     name = f"released-{shape.width}x{shape.depth}"
     table[name] = shape
     return name
-
-
-# ---------------------------------------------------------------------------------------------
-# The table of parameters
-# ---------------------------------------------------------------------------------------------
-
-def count(model):
-    """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
-
-    Positions are `clip_positions` where they learn. The authors of ETRIS and BarLeRIa let them,
-    without counting them, and DCRIS's figure for full tuning does not count them, either.
-    """
-    apart = {id(position) for position in clip_positions(model)}
-    sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        kind = ("head" if name.startswith("head.") else
-                "frozen" if not parameter.requires_grad else
-                "positions" if id(parameter) in apart else "tuned")
-        sizes[kind] += parameter.numel()
-    return sizes
-
-
-def differences(overrides):
-    """In words, how a row of the table differs from its preset."""
-    layers = overrides.get("visual_adapter_layers", ())
-    if layers and layers == overrides["text_adapter_layers"]:
-        return f", layers {list(layers)}"
-    return "".join(f", {field.replace('_adapter_', ' ')} "
-                   f"{list(value) if isinstance(value, tuple) else value}"
-                   for field, value in overrides.items())
-
-
-def main():
-    parser = argparse.ArgumentParser(description="The presets and their parameters.")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("export", help="write the tuned part of a checkpoint alone")
-    command.add_argument("ckpt", metavar="CKPT")
-    command.add_argument("out", metavar="OUT", help="OUT.pt or OUT.safetensors")
-    args = parser.parse_args()
-    if args.command == "export":
-        if Path(args.out).suffix not in (".pt", ".safetensors"):
-            parser.error("OUT ends in .pt or .safetensors")
-        export(args.ckpt, args.out)
-        return
-    rows = []
-    for preset, overrides, paper in TABLE:
-        with torch.device("meta"):          # shapes only, no memory
-            sizes = count(build(preset, **overrides))
-        rows.append({"preset": preset + differences(overrides), **sizes, "paper_millions": paper})
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return
-    print("Parameters in millions. Tuned: all that learns but for the head and CLIP's position\n"
-          "embeddings; beside it the paper's figure.\n")
-    print("| preset | frozen | tuned | paper | positions | head |\n|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        paper = "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}"
-        print(f"| {row['preset']} | {row['frozen'] / 1e6:.2f} | {row['tuned'] / 1e6:.2f} | {paper} "
-              f"| {row['positions'] / 1e6:.2f} | {row['head'] / 1e6:.2f} |")
 
 
 if __name__ == "__main__":
