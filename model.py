@@ -1,4 +1,4 @@
-"""How a method wires two towers, its adapters and the head; the presets; saving and loading.
+"""Four methods that join two towers, adapters and a head; presets; saving and loading.
 
     python model.py             the presets and their parameters, beside the papers' figures
     python model.py --json      the same for programs
@@ -88,7 +88,7 @@ class Config:
 
 
 class DCRIS(nn.Module):
-    """DCRIS (Xu et al., 2024, Figure 1): all of the text first, then the image reading its words.
+    """DCRIS (Xu et al., 2024, Figure 1): first the text, then the image, which reads the words.
 
     Frozen DINOv2 with DenseCross adapters, frozen CLIP text tower with text adapters, and the head.
     """
@@ -131,7 +131,7 @@ class DCRIS(nn.Module):
 
 
 def make_head(config, text, widths, residual):
-    """The head on maps of these three widths. The neck's residual is DCRIS's alone."""
+    """The head for maps of these three widths. Only DCRIS's neck has a residual."""
     return Head(widths, text.shape.width, text.shape.embed, config.head_width, config.head_heads,
                 config.head_layers, config.dropout, residual)
 
@@ -152,10 +152,10 @@ def feature_maps(vision, images, wanted, attached):
 
 
 class BarLeRIa(nn.Module):
-    """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side, a third network beside them.
+    """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side and a global branch.
 
-    Frozen CLIP with normalizing flows on the shortcuts of its blocks, each of which has guests from
-    the other tower; then the global branch, which reads the stages that the photo passed through.
+    Both are CLIP's and frozen. Their blocks have normalizing flows on their shortcuts and receive
+    visiting tokens from the other tower. The global branch reads the image after every third block.
     """
 
     def __init__(self, config, vision, text):
@@ -192,11 +192,11 @@ class BarLeRIa(nn.Module):
         return self.head(features, words, sentence, padding, shortcut)
 
     def local_branch(self, images, tokens, grid):
-        """BarLeRIa Eq. 2-3: both towers block by block, each with guests from the other.
+        """BarLeRIa Eq. 2-3: both towers block by block, with visiting tokens.
 
         Returns the vision tower's tokens (B, N, D) after every block, words and sentence. A vision
-        tower r times as deep as the text tower takes r blocks to each of its blocks. All r receive
-        the same words, and the text block the class token from before the first of them.
+        tower r times as deep as the text tower runs r blocks per text block. All r receive the
+        same words; the text block receives the class token from before the first of them.
         """
         x, words = self.vision.embed(images), self.text.embed(tokens)
         rotary = self.vision.rotary_tables(grid)
@@ -225,8 +225,8 @@ def with_visitors(block, x, visitors, index, flows, rotary=None):
     """Runs a block with extra tokens (B, G, D) inserted at `index` of x, then removes them.
 
     `flows`: none, or one each for the block's shortcuts, in the order of `Attached`.
-    In the vision tower words stand between class token and image (padding, too); in the text tower
-    the class token stands first, so that under the causal mask every word sees it.
+    In the vision tower words (and padding) go between class token and image. In the text tower the
+    class token goes first, so that every word sees it under the causal mask.
     """
     x = torch.cat([x[:, :index], visitors, x[:, index:]], dim=1)
     x = block(x, Attached(*flows), rotary)
@@ -234,10 +234,10 @@ def with_visitors(block, x, visitors, index, flows, rotary=None):
 
 
 class ETRIS(nn.Module):
-    """ETRIS (Xu et al., 2023): both towers side by side, with bridges between them at some heights.
+    """ETRIS (Xu et al., 2023): both towers side by side, with a bridge after each part of them.
 
-    Frozen CLIP, or DINOv2 with CLIP's text tower. With normalizing flows on the vision tower's
-    shortcuts it is the "SNF+ETRIS" of BarLeRIa's tables.
+    The towers are frozen. With normalizing flows on the vision tower's shortcuts this is the
+    "SNF+ETRIS" of BarLeRIa's tables.
     """
 
     def __init__(self, config, vision, text):
@@ -275,12 +275,12 @@ class ETRIS(nn.Module):
 
 
 class UniModal(nn.Module):
-    """The tuners of DCRIS Table 2 that know one tower at a time. Photo and words meet in the head.
+    """The tuners of DCRIS Table 2 inside one tower each. Image and words first meet in the head.
 
-    `full`: both towers learn. `fixed`: neither. `houlsby`, `compacter`: an adapter behind every
-    block's MLP. `lora`: beside the linear layers of every vision block and of the attention of
-    every text block (query, key and value count as three there, so that the paper's 1.57 million
-    come out; it does not say where its own are).
+    `full`: both towers learn. `fixed`: neither does. `houlsby`, `compacter`: an adapter after the
+    MLP of every block. `lora`: beside all linear layers of vision blocks, and those of the
+    attention in text blocks (there query, key and value count as three layers, which gives the
+    paper's 1.57 million; the paper does not say where it puts them).
     """
 
     def __init__(self, config, vision, text):
@@ -308,14 +308,14 @@ class UniModal(nn.Module):
 
 
 def behind_mlps(vision, text, make):
-    """Puts make(width) behind the MLP of every block of both towers."""
+    """Adds make(width) after the MLP of every block of both towers."""
     for tower in (vision, text):
         for block in tower.blocks:
             block.mlp = nn.Sequential(block.mlp, make(tower.shape.width))
 
 
 def wrap_linears(module, wrap):
-    """Puts wrap(layer) in the place of every linear layer in a module."""
+    """Replaces every linear layer in a module by wrap(layer)."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, wrap(child))
@@ -327,7 +327,7 @@ def wrap_linears(module, wrap):
 # Presets
 # ---------------------------------------------------------------------------------------------
 
-# For drawn data: small, and quickly trained. There are no pretrained towers, so they learn, too.
+# For drawn data: small and quick to train. No pretrained towers exist, so the towers learn, too.
 DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
          "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
          "batch_size": 16, "lr": 1e-3, "epochs": 4, "milestones": (3,)}
@@ -339,7 +339,7 @@ DCRIS_L = replace(
 DETRIS_B, DETRIS_L = (
     replace(config, text_convolutions=True, legacy_position_resize=True, batch_size=32, lr=1e-4)
     for config in (replace(DCRIS_B, epochs=65, milestones=(35, 55)), DCRIS_L))
-# The authors' programs train CLIP's positions besides what they count, and so do these.
+# As in the authors' programs, CLIP's positions learn, too, but are not counted.
 BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
                   features=(3, 7))
 ETRIS_B = replace(BARLERIA, method="etris", visual_flows=False)
@@ -374,22 +374,21 @@ PRESETS = {
     "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
 }
 # All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
-# 0.09 to 0.10 million parameters; flows alone, and guests, have fewer.
-CARRIED = {**DRAWN, "vision": "small", "train_towers": False}
+# 0.09 to 0.10 million parameters; flows alone, and visiting tokens, have fewer.
 PRESETS |= {
-    "shapes-full": replace(PRESETS["full"], **CARRIED),
-    "shapes-fixed": replace(PRESETS["fixed"], **CARRIED),
-    "shapes-houlsby": replace(PRESETS["houlsby"], tuner_rank=80, **CARRIED),
-    "shapes-compacter": replace(PRESETS["compacter"], tuner_rank=304, **CARRIED),
-    "shapes-lora": replace(PRESETS["lora"], tuner_rank=12, **CARRIED),
-    "shapes-dcris": replace(PRESETS["shapes"], **CARRIED),
-    "shapes-etris": replace(PRESETS["etris"], bridges=2, bridge_width=56, **CARRIED),
-    "shapes-snf": replace(PRESETS["snf"], **CARRIED),
-    "shapes-snf-etris": replace(PRESETS["snf-etris"], bridges=2, bridge_width=56, **CARRIED),
-    "shapes-barleria-local": replace(PRESETS["barleria-local"], intertwined_rank=16, **CARRIED),
-}
-
-
+    f"shapes-{name}": replace(PRESETS[preset], **sizes,
+                              **{**DRAWN, "vision": "small", "train_towers": False})
+    for name, preset, sizes in (
+        ("full", "full", {}),
+        ("fixed", "fixed", {}),
+        ("houlsby", "houlsby", {"tuner_rank": 80}),
+        ("compacter", "compacter", {"tuner_rank": 304}),
+        ("lora", "lora", {"tuner_rank": 12}),
+        ("dcris", "shapes", {}),
+        ("etris", "etris", {"bridges": 2, "bridge_width": 56}),
+        ("snf", "snf", {}),
+        ("snf-etris", "snf-etris", {"bridges": 2, "bridge_width": 56}),
+        ("barleria-local", "barleria-local", {"intertwined_rank": 16}))}
 # Millions of tuned parameters as the papers print them (DCRIS Table 2, BarLeRIa Table 4).
 PAPER = {"full": 149.97, "fixed": 0.00, "houlsby": 1.98, "compacter": 1.62, "lora": 1.57,
          "dcris-b": 2.69, "etris": 1.39, "snf": 0.18, "snf-etris": 1.57, "barleria-local": 0.39,
@@ -400,7 +399,7 @@ PAPER = {"full": 149.97, "fixed": 0.00, "houlsby": 1.98, "compacter": 1.62, "lor
 # Building
 # ---------------------------------------------------------------------------------------------
 
-# Method -> its class, and the fields of Config that only some methods use, this one among them.
+# Method -> its class, and those fields of Config that it uses but some other method does not.
 METHODS = {
     "dcris": (DCRIS, {
         "visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers", "text_adapter_rank",
@@ -409,11 +408,8 @@ METHODS = {
         "visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
         "global_blocks", "global_width", "global_heads", "global_queries", "global_patch"}),
     "etris": (ETRIS, {"bridges", "bridge_width", "bridge_heads", "visual_flows", "flow_steps"}),
-    "full": (UniModal, set()),
-    "fixed": (UniModal, set()),
-    "houlsby": (UniModal, {"tuner_rank"}),
-    "compacter": (UniModal, {"tuner_rank"}),
-    "lora": (UniModal, {"tuner_rank"}),
+    **dict.fromkeys(("full", "fixed"), (UniModal, set())),
+    **dict.fromkeys(("houlsby", "compacter", "lora"), (UniModal, {"tuner_rank"})),
 }
 
 
@@ -441,8 +437,8 @@ def check(config):
     """Raises ConfigError, which names the field, if no model can have this configuration."""
     for field in fields(Config):
         value, default = getattr(config, field.name), field.default
-        entries, kind = (value, int) if type(value) is tuple else ((), None)
-        require(type(value) is type(default) and all(type(i) is kind for i in entries),
+        entries = value if type(value) is tuple else ()
+        require(type(value) is type(default) and all(type(i) is int for i in entries),
                 f"{field.name} is {value!r}; it must be of the kind of {default!r}")
         if type(value) in (int, float) and field.name not in ("dropout", "global_blocks"):
             require(value > 0, f"{field.name} is {value}; it must be above 0")
@@ -453,55 +449,49 @@ def check(config):
     method, own_fields = METHODS[config.method]
     for field in sorted(set().union(*(names for _, names in METHODS.values())) - own_fields):
         require(getattr(config, field) == getattr(Config, field),
-                f"{field} plays no part in method {config.method}; for another method take one of "
-                f"its presets")
-    require(3 <= config.length <= text.positions, f"length {config.length}: {config.text} reads 3 "
-            f"to {text.positions} tokens, both ends included")
-    require(len(config.features) == 2, f"features {config.features}: the head takes the outputs of "
-            f"two blocks, and of the last")
+                f"{field} plays no part in method {config.method}; take a preset of another method")
+    require(3 <= config.length <= text.positions,
+            f"length {config.length}: {config.text} reads 3 to {text.positions} tokens")
+    require(len(config.features) == 2, f"features {config.features}: name two blocks")
     require(0 <= config.dropout < 1, f"dropout {config.dropout} is not in [0, 1)")
+    require(config.global_blocks >= 0, f"global_blocks {config.global_blocks} is negative")
     require(method in (BarLeRIa, ETRIS) or not (vision.embed and config.towers_learn),
             f"method {config.method} does not use the projection of {config.vision}, so it cannot "
             f"learn; take a DINOv2 tower")
-    layers = [("features", vision)]
-    multiples = [("image_size", vision.patch, "pixels of a patch"),
-                 ("head_width", 4, "sines and cosines, two axes"),
-                 ("head_width", config.head_heads, "head_heads")]
+    require(method is not BarLeRIa or (vision.embed or vision.width) == text.embed
+            and (config.text not in PUBLISHED or config.vision == config.text),
+            f"vision {config.vision} and text {config.text} are not the two towers of one CLIP")
+    layers = [("features", vision.depth)]
     if method is DCRIS:
-        layers += [("visual_adapter_layers", vision), ("text_adapter_layers", text)]
-        multiples += [("visual_adapter_rank", 16, "shares of its convolutions")]
-        if config.text_convolutions:
-            multiples += [("text_adapter_rank", 16, "shares of its convolutions")]
-    elif method is BarLeRIa:
-        require((vision.embed or vision.width) == text.embed
-                and (config.text not in PUBLISHED or config.vision == config.text),
-                f"vision {config.vision} and text {config.text} are not the two towers of one "
-                f"CLIP, whose tokens BarLeRIa compares")
-        require(vision.depth % text.depth == 0, f"text {config.text}: its {text.depth} blocks do "
-                f"not divide the {vision.depth} of {config.vision}")
-        blocks = config.global_blocks
-        require(blocks == 0 or blocks > 0 and vision.depth % blocks == 0,
-                f"global_blocks {blocks}: it must be 0 or divide the {vision.depth} vision blocks")
-        require(config.global_patch <= config.image_size,
-                f"global_patch {config.global_patch} is larger than image_size")
-        multiples += [("global_width", config.global_heads, "global_heads")]
-    elif method is ETRIS:
-        require(vision.depth % config.bridges == text.depth % config.bridges == 0,
-                f"bridges {config.bridges}: it must divide the {vision.depth} vision blocks and "
-                f"the {text.depth} text blocks")
-        multiples += [("bridge_width", config.bridge_heads, "bridge_heads")]
-    elif config.method == "compacter":
-        multiples += [("tuner_rank", 4, "Kronecker factors")]
-    for field, tower in layers:
-        value = getattr(config, field)
-        require(value == tuple(sorted(set(value) & set(range(tower.depth)))),
-                f"{field} {value}: the tower has {tower.depth} blocks, 0 to {tower.depth - 1}; "
-                f"name each block once, in order")
-    for field, divisor, reason in multiples:
-        value = getattr(config, field)
-        near = max(1, round(value / divisor)) * divisor
-        require(value % divisor == 0,
-                f"{field} {value} is no multiple of {divisor} ({reason}); {near} is")
+        layers += [("visual_adapter_layers", vision.depth), ("text_adapter_layers", text.depth)]
+    for field, depth in layers:
+        blocks = getattr(config, field)
+        require(blocks == tuple(i for i in range(depth) if i in blocks),
+                f"{field} {blocks}: the tower has {depth} blocks, 0 to {depth - 1}; name each "
+                f"block once, in order")
+    near = max(1, round(config.image_size / vision.patch)) * vision.patch
+    for field, number, divisor, whose in {
+            DCRIS: [
+                ("visual_adapter_rank", config.visual_adapter_rank, 16, "the convolutions"),
+                ("text_adapter_rank", config.text_adapter_rank,
+                 16 if config.text_convolutions else 1, "the convolutions")],
+            BarLeRIa: [
+                ("text", vision.depth, text.depth, "vision blocks per text block"),
+                ("global_blocks", vision.depth, config.global_blocks or 1, "stages of the tower"),
+                ("global_width", config.global_width, config.global_heads, "global_heads")],
+            ETRIS: [
+                ("bridges", vision.depth, config.bridges, "vision blocks"),
+                ("bridges", text.depth, config.bridges, "text blocks"),
+                ("bridge_width", config.bridge_width, config.bridge_heads, "bridge_heads")],
+            UniModal: [
+                ("tuner_rank", config.tuner_rank, 4 if config.method == "compacter" else 1,
+                 "Kronecker factors")]}[method] + [
+            ("image_size", config.image_size, vision.patch, f"the patch of {config.vision}; take "
+                                                            f"{near}"),
+            ("head_width", config.head_width, 4, "the decoder's positions"),
+            ("head_width", config.head_width, config.head_heads, "head_heads")]:
+        require(number % divisor == 0, f"{field} {getattr(config, field)}: {number} is no multiple "
+                                       f"of {divisor} ({whose})")
 
 
 def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):
@@ -718,17 +708,16 @@ def export(checkpoint_path, out):
 # ---------------------------------------------------------------------------------------------
 
 def count(model):
-    """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
+    """Numbers of parameters: frozen, positions (`clip_positions`, if they learn), head, tuned.
 
-    Positions are `clip_positions` where they learn. The authors of ETRIS and BarLeRIa let them,
-    without counting them, and DCRIS's figure for full tuning does not count them, either.
+    Tuned: all others that learn. None of the papers counts the positions, even where they learn.
     """
-    apart = {id(position) for position in clip_positions(model)}
+    positions = {id(position) for position in clip_positions(model)}
     sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
     for name, parameter in model.named_parameters():
         kind = ("head" if name.startswith("head.") else
                 "frozen" if not parameter.requires_grad else
-                "positions" if id(parameter) in apart else "tuned")
+                "positions" if id(parameter) in positions else "tuned")
         sizes[kind] += parameter.numel()
     return sizes
 
