@@ -1,4 +1,4 @@
-"""How a method wires two towers, its adapters and the head; the presets; saving and loading.
+"""Four methods that join two towers, adapters and a head; presets; saving and loading.
 
     python model.py             the presets and their parameters, beside the papers' figures
     python model.py --json      the same for programs
@@ -87,112 +87,11 @@ class Config:
         return self.train_towers or self.method == "full"
 
 
-# For drawn data: small, and quickly trained. There are no pretrained towers, so they learn, too.
-DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
-         "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
-         "batch_size": 16, "lr": 1e-3, "epochs": 4, "milestones": (3,)}
-DCRIS_B = Config()
-DCRIS_L = replace(
-    DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
-    batch_size=64, lr=2e-4)
-# The DCRIS authors' released program, with its own recipe.
-DETRIS_B, DETRIS_L = (
-    replace(config, text_convolutions=True, legacy_position_resize=True, batch_size=32, lr=1e-4)
-    for config in (replace(DCRIS_B, epochs=65, milestones=(35, 55)), DCRIS_L))
-# The authors' programs train CLIP's positions besides what they count, and so do these.
-BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
-                  features=(3, 7))
-ETRIS_B = replace(BARLERIA, method="etris", visual_flows=False)
-PRESETS = {
-    "shapes": replace(
-        DCRIS_B, vision="small", visual_adapter_layers=(2,), visual_adapter_rank=32,
-        text_adapter_layers=(1,), text_adapter_rank=16, **DRAWN),
-    "shapes-barleria": replace(
-        BARLERIA, vision="small-clip", intertwined_rank=16, global_blocks=2, global_width=48,
-        global_heads=2, global_queries=8, global_patch=8, **DRAWN),
-    "dcris-b": DCRIS_B,
-    "dcris-l": DCRIS_L,
-    "detris-b": DETRIS_B,
-    "detris-l": DETRIS_L,
-    "detris-l-mixed": replace(
-        DETRIS_L, visual_adapter_rank=384, visual_adapter_layers=tuple(range(1, 24)),
-        text_adapter_rank=384, text_adapter_layers=tuple(range(1, 12)), length=22),
-    "barleria": BARLERIA,
-    "barleria-eva": replace(BARLERIA, vision="eva-b", text="eva-b"),
-    "barleria-l": replace(                      # 416 is no multiple of its patches' 14 pixels
-        BARLERIA, vision="clip-l", text="clip-l", image_size=420, features=(7, 15), batch_size=64,
-        lr=2e-4),
-    "barleria-local": replace(BARLERIA, global_blocks=0),
-    "snf": replace(BARLERIA, text_flows=False, intertwined=False, global_blocks=0),
-    "etris": ETRIS_B,
-    "etris-dino": replace(ETRIS_B, vision="dinov2-b", image_size=448),
-    "snf-etris": replace(ETRIS_B, visual_flows=True),
-    "full": replace(DCRIS_B, method="full"),
-    "fixed": replace(DCRIS_B, method="fixed"),
-    "houlsby": replace(DCRIS_B, method="houlsby"),
-    "compacter": replace(DCRIS_B, method="compacter", tuner_rank=208),
-    "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
-}
-# All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
-# 0.09 to 0.10 million parameters; flows alone, and guests, have fewer.
-CARRIED = {**DRAWN, "vision": "small", "train_towers": False}
-PRESETS |= {
-    "shapes-full": replace(PRESETS["full"], **CARRIED),
-    "shapes-fixed": replace(PRESETS["fixed"], **CARRIED),
-    "shapes-houlsby": replace(PRESETS["houlsby"], tuner_rank=80, **CARRIED),
-    "shapes-compacter": replace(PRESETS["compacter"], tuner_rank=304, **CARRIED),
-    "shapes-lora": replace(PRESETS["lora"], tuner_rank=12, **CARRIED),
-    "shapes-dcris": replace(PRESETS["shapes"], **CARRIED),
-    "shapes-etris": replace(PRESETS["etris"], bridges=2, bridge_width=56, **CARRIED),
-    "shapes-snf": replace(PRESETS["snf"], **CARRIED),
-    "shapes-snf-etris": replace(PRESETS["snf-etris"], bridges=2, bridge_width=56, **CARRIED),
-    "shapes-barleria-local": replace(PRESETS["barleria-local"], intertwined_rank=16, **CARRIED),
-}
-
-
-ODD = Config.visual_adapter_layers
-
-
-def adapters_at(visual, text):
-    return {"visual_adapter_layers": visual, "text_adapter_layers": text}
-
-
-# Rows of the table: preset, overrides, millions of tuned parameters as the papers print them.
-TABLE = [
-    ("full", {}, 149.97), ("fixed", {}, 0.00), ("houlsby", {}, 1.98), ("compacter", {}, 1.62),
-    ("lora", {}, 1.57), ("etris-dino", {}, None), ("dcris-b", {}, 2.69), ("dcris-l", {}, None),
-    ("detris-b", {}, None), ("detris-l", {}, None), ("detris-l-mixed", {}, None),
-    ("etris", {}, 1.39), ("snf", {}, 0.18), ("snf-etris", {}, 1.57), ("barleria-local", {}, 0.39),
-    ("barleria", {}, 2.21), ("barleria-eva", {}, None), ("barleria-l", {}, None),
-    *((name, {}, None) for name in PRESETS if name.startswith("shapes")),
-    ("dcris-b", adapters_at(ODD, ()), None), ("dcris-b", adapters_at((), ODD), None),   # Table 3
-    *(("dcris-b", {"visual_adapter_rank": visual, "text_adapter_rank": text}, None)     # Table 4
-      for visual, text in ((64, 64), (128, 64), (128, 128), (256, 128))),
-    *(("dcris-b", adapters_at(layers, layers), millions) for layers, millions in [      # Table 5
-        ((8,), 0.45), ((6, 11), 0.90), ((4, 8, 11), 1.35), ((3, 6, 9, 11), 1.80),
-        ((3, 5, 7, 9, 11), 2.25), (ODD, 2.69), ((1, 3, 5, 7, 9, 10, 11), 3.14),
-        ((1, 3, 4, 5, 7, 9, 10, 11), 3.59), (tuple(range(12)), 5.39)])]
-
-
 class DCRIS(nn.Module):
-    """DCRIS (Xu et al., 2024, Figure 1): all of the text first, then the image reading its words.
+    """DCRIS (Xu et al., 2024, Figure 1): first the text, then the image, which reads the words.
 
     Frozen DINOv2 with DenseCross adapters, frozen CLIP text tower with text adapters, and the head.
     """
-
-    # Fields of Config that play a part here; other methods may lack them.
-    own_fields = ("visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers",
-                  "text_adapter_rank", "text_convolutions", "legacy_position_resize")
-    projects = False                        # whether CLIP's projection of the photo is used
-
-    @staticmethod
-    def check(config, vision, text):
-        if config.visual_adapter_rank % 16:
-            raise ConfigError(f"visual_adapter_rank {config.visual_adapter_rank}: the branches "
-                              f"need a multiple of 16")
-        if config.text_convolutions and config.text_adapter_rank % 16:
-            raise ConfigError(f"text_adapter_rank {config.text_adapter_rank}: the branches need a "
-                              f"multiple of 16")
 
     def __init__(self, config, vision, text):
         super().__init__()
@@ -232,7 +131,7 @@ class DCRIS(nn.Module):
 
 
 def make_head(config, text, widths, residual):
-    """The head on maps of these three widths. The neck's residual is DCRIS's alone."""
+    """The head for maps of these three widths. Only DCRIS's neck has a residual."""
     return Head(widths, text.shape.width, text.shape.embed, config.head_width, config.head_heads,
                 config.head_layers, config.dropout, residual)
 
@@ -253,35 +152,11 @@ def feature_maps(vision, images, wanted, attached):
 
 
 class BarLeRIa(nn.Module):
-    """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side, a third network beside them.
+    """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side and a global branch.
 
-    Frozen CLIP with normalizing flows on the shortcuts of its blocks, each of which has guests from
-    the other tower; then the global branch, which reads the stages that the photo passed through.
+    Both are CLIP's and frozen. Their blocks have normalizing flows on their shortcuts and receive
+    visiting tokens from the other tower. The global branch reads the image after every third block.
     """
-
-    own_fields = ("visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
-                  "global_blocks", "global_width", "global_heads", "global_queries",
-                  "global_patch")
-    projects = True
-
-    @staticmethod
-    def check(config, vision, text):
-        width = vision.embed or vision.width
-        if width != text.embed or config.text in PUBLISHED and config.vision != config.text:
-            raise ConfigError(f"vision {config.vision} and text {config.text} are not the two "
-                              f"towers of one CLIP, whose tokens BarLeRIa compares")
-        if config.global_blocks < 0:
-            raise ConfigError(f"global_blocks is {config.global_blocks}; it must be at least 0")
-        for field, divisor in (("text", text.depth), ("global_blocks", config.global_blocks)):
-            if divisor and vision.depth % divisor:
-                raise ConfigError(f"{field} {getattr(config, field)}: the {vision.depth} blocks of "
-                                  f"{config.vision} are no multiple of {divisor}")
-        if config.global_width % config.global_heads:
-            raise ConfigError(f"global_width {config.global_width} is no multiple of global_heads, "
-                              f"{config.global_heads}")
-        if config.global_patch > config.image_size:
-            raise ConfigError(f"global_patch {config.global_patch} is larger than image_size, "
-                              f"{config.image_size}")
 
     def __init__(self, config, vision, text):
         super().__init__()
@@ -317,11 +192,11 @@ class BarLeRIa(nn.Module):
         return self.head(features, words, sentence, padding, shortcut)
 
     def local_branch(self, images, tokens, grid):
-        """BarLeRIa Eq. 2-3: both towers block by block, each with guests from the other.
+        """BarLeRIa Eq. 2-3: both towers block by block, with visiting tokens.
 
         Returns the vision tower's tokens (B, N, D) after every block, words and sentence. A vision
-        tower r times as deep as the text tower takes r blocks to each of its blocks. All r receive
-        the same words, and the text block the class token from before the first of them.
+        tower r times as deep as the text tower runs r blocks per text block. All r receive the
+        same words; the text block receives the class token from before the first of them.
         """
         x, words = self.vision.embed(images), self.text.embed(tokens)
         rotary = self.vision.rotary_tables(grid)
@@ -350,8 +225,8 @@ def with_visitors(block, x, visitors, index, flows, rotary=None):
     """Runs a block with extra tokens (B, G, D) inserted at `index` of x, then removes them.
 
     `flows`: none, or one each for the block's shortcuts, in the order of `Attached`.
-    In the vision tower words stand between class token and image (padding, too); in the text tower
-    the class token stands first, so that under the causal mask every word sees it.
+    In the vision tower words (and padding) go between class token and image. In the text tower the
+    class token goes first, so that every word sees it under the causal mask.
     """
     x = torch.cat([x[:, :index], visitors, x[:, index:]], dim=1)
     x = block(x, Attached(*flows), rotary)
@@ -359,24 +234,11 @@ def with_visitors(block, x, visitors, index, flows, rotary=None):
 
 
 class ETRIS(nn.Module):
-    """ETRIS (Xu et al., 2023): both towers side by side, with bridges between them at some heights.
+    """ETRIS (Xu et al., 2023): both towers side by side, with a bridge after each part of them.
 
-    Frozen CLIP, or DINOv2 with CLIP's text tower. With normalizing flows on the vision tower's
-    shortcuts it is the "SNF+ETRIS" of BarLeRIa's tables.
+    The towers are frozen. With normalizing flows on the vision tower's shortcuts this is the
+    "SNF+ETRIS" of BarLeRIa's tables.
     """
-
-    own_fields = ("bridges", "bridge_width", "bridge_heads", "visual_flows", "flow_steps")
-    projects = True
-
-    @staticmethod
-    def check(config, vision, text):
-        for tower in (vision, text):
-            if tower.depth % config.bridges:
-                raise ConfigError(f"bridges {config.bridges}: towers of {vision.depth} and "
-                                  f"{text.depth} blocks cannot both be cut into so many parts")
-        if config.bridge_width % config.bridge_heads:
-            raise ConfigError(f"bridge_width {config.bridge_width} is no multiple of bridge_heads, "
-                              f"{config.bridge_heads}")
 
     def __init__(self, config, vision, text):
         super().__init__()
@@ -413,23 +275,13 @@ class ETRIS(nn.Module):
 
 
 class UniModal(nn.Module):
-    """The tuners of DCRIS Table 2 that know one tower at a time. Photo and words meet in the head.
+    """The tuners of DCRIS Table 2 inside one tower each. Image and words first meet in the head.
 
-    `full`: both towers learn. `fixed`: neither. `houlsby`, `compacter`: an adapter behind every
-    block's MLP. `lora`: beside the linear layers of every vision block and of the attention of
-    every text block (query, key and value count as three there, so that the paper's 1.57 million
-    come out; it does not say where its own are).
+    `full`: both towers learn. `fixed`: neither does. `houlsby`, `compacter`: an adapter after the
+    MLP of every block. `lora`: beside all linear layers of vision blocks, and those of the
+    attention in text blocks (there query, key and value count as three layers, which gives the
+    paper's 1.57 million; the paper does not say where it puts them).
     """
-
-    own_fields = ("tuner_rank",)
-    projects = False
-
-    @staticmethod
-    def check(config, vision, text):
-        if config.method in ("full", "fixed") and config.tuner_rank != Config.tuner_rank:
-            raise ConfigError(f"tuner_rank plays no part in method {config.method}")
-        if config.method == "compacter" and config.tuner_rank % 4:
-            raise ConfigError(f"tuner_rank {config.tuner_rank}: Compacter needs a multiple of 4")
 
     def __init__(self, config, vision, text):
         super().__init__()
@@ -456,14 +308,14 @@ class UniModal(nn.Module):
 
 
 def behind_mlps(vision, text, make):
-    """Puts make(width) behind the MLP of every block of both towers."""
+    """Adds make(width) after the MLP of every block of both towers."""
     for tower in (vision, text):
         for block in tower.blocks:
             block.mlp = nn.Sequential(block.mlp, make(tower.shape.width))
 
 
 def wrap_linears(module, wrap):
-    """Puts wrap(layer) in the place of every linear layer in a module."""
+    """Replaces every linear layer in a module by wrap(layer)."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, wrap(child))
@@ -471,90 +323,183 @@ def wrap_linears(module, wrap):
             wrap_linears(child, wrap)
 
 
-METHODS = {"dcris": DCRIS, "barleria": BarLeRIa, "etris": ETRIS,
-           **dict.fromkeys(("full", "fixed", "houlsby", "compacter", "lora"), UniModal)}
+# ---------------------------------------------------------------------------------------------
+# Presets
+# ---------------------------------------------------------------------------------------------
+
+# For drawn data: small and quick to train. No pretrained towers exist, so the towers learn, too.
+DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
+         "features": (1, 2), "head_width": 64, "head_heads": 2, "head_layers": 1, "dropout": 0.0,
+         "batch_size": 16, "lr": 1e-3, "epochs": 4, "milestones": (3,)}
+DCRIS_B = Config()
+DCRIS_L = replace(
+    DCRIS_B, vision="dinov2-l", visual_adapter_layers=(2, 6, 10, 14, 18, 22), features=(8, 16),
+    batch_size=64, lr=2e-4)
+# The DCRIS authors' released program, with its own recipe.
+DETRIS_B, DETRIS_L = (
+    replace(config, text_convolutions=True, legacy_position_resize=True, batch_size=32, lr=1e-4)
+    for config in (replace(DCRIS_B, epochs=65, milestones=(35, 55)), DCRIS_L))
+# As in the authors' programs, CLIP's positions learn, too, but are not counted.
+BARLERIA = Config(method="barleria", vision="clip-b", train_positions=True, image_size=416,
+                  features=(3, 7))
+ETRIS_B = replace(BARLERIA, method="etris", visual_flows=False)
+PRESETS = {
+    "shapes": replace(
+        DCRIS_B, vision="small", visual_adapter_layers=(2,), visual_adapter_rank=32,
+        text_adapter_layers=(1,), text_adapter_rank=16, **DRAWN),
+    "shapes-barleria": replace(
+        BARLERIA, vision="small-clip", intertwined_rank=16, global_blocks=2, global_width=48,
+        global_heads=2, global_queries=8, global_patch=8, **DRAWN),
+    "dcris-b": DCRIS_B,
+    "dcris-l": DCRIS_L,
+    "detris-b": DETRIS_B,
+    "detris-l": DETRIS_L,
+    "detris-l-mixed": replace(
+        DETRIS_L, visual_adapter_rank=384, visual_adapter_layers=tuple(range(1, 24)),
+        text_adapter_rank=384, text_adapter_layers=tuple(range(1, 12)), length=22),
+    "barleria": BARLERIA,
+    "barleria-eva": replace(BARLERIA, vision="eva-b", text="eva-b"),
+    "barleria-l": replace(                      # 416 is no multiple of its patches' 14 pixels
+        BARLERIA, vision="clip-l", text="clip-l", image_size=420, features=(7, 15), batch_size=64,
+        lr=2e-4),
+    "barleria-local": replace(BARLERIA, global_blocks=0),
+    "snf": replace(BARLERIA, text_flows=False, intertwined=False, global_blocks=0),
+    "etris": ETRIS_B,
+    "etris-dino": replace(ETRIS_B, vision="dinov2-b", image_size=448),
+    "snf-etris": replace(ETRIS_B, visual_flows=True),
+    "full": replace(DCRIS_B, method="full"),
+    "fixed": replace(DCRIS_B, method="fixed"),
+    "houlsby": replace(DCRIS_B, method="houlsby"),
+    "compacter": replace(DCRIS_B, method="compacter", tuner_rank=208),
+    "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
+}
+# All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
+# 0.09 to 0.10 million parameters; flows alone, and visiting tokens, have fewer.
+PRESETS |= {
+    f"shapes-{name}": replace(PRESETS[preset], **sizes,
+                              **{**DRAWN, "vision": "small", "train_towers": False})
+    for name, preset, sizes in (
+        ("full", "full", {}),
+        ("fixed", "fixed", {}),
+        ("houlsby", "houlsby", {"tuner_rank": 80}),
+        ("compacter", "compacter", {"tuner_rank": 304}),
+        ("lora", "lora", {"tuner_rank": 12}),
+        ("dcris", "shapes", {}),
+        ("etris", "etris", {"bridges": 2, "bridge_width": 56}),
+        ("snf", "snf", {}),
+        ("snf-etris", "snf-etris", {"bridges": 2, "bridge_width": 56}),
+        ("barleria-local", "barleria-local", {"intertwined_rank": 16}))}
+# Millions of tuned parameters as the papers print them (DCRIS Table 2, BarLeRIa Table 4).
+PAPER = {"full": 149.97, "fixed": 0.00, "houlsby": 1.98, "compacter": 1.62, "lora": 1.57,
+         "dcris-b": 2.69, "etris": 1.39, "snf": 0.18, "snf-etris": 1.57, "barleria-local": 0.39,
+         "barleria": 2.21}
 
 
 # ---------------------------------------------------------------------------------------------
 # Building
 # ---------------------------------------------------------------------------------------------
 
+# Method -> its class, and those fields of Config that it uses but some other method does not.
+METHODS = {
+    "dcris": (DCRIS, {
+        "visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers", "text_adapter_rank",
+        "text_convolutions", "legacy_position_resize"}),
+    "barleria": (BarLeRIa, {
+        "visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
+        "global_blocks", "global_width", "global_heads", "global_queries", "global_patch"}),
+    "etris": (ETRIS, {"bridges", "bridge_width", "bridge_heads", "visual_flows", "flow_steps"}),
+    **dict.fromkeys(("full", "fixed"), (UniModal, set())),
+    **dict.fromkeys(("houlsby", "compacter", "lora"), (UniModal, {"tuner_rank"})),
+}
+
+
 def configure(preset, **overrides):
-    """The configuration of a preset (or a Config) with some fields changed. Raises ConfigError."""
-    if not isinstance(preset, Config) and preset not in PRESETS:
-        raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    unknown = overrides.keys() - {field.name for field in fields(Config)}
-    if unknown:
-        raise ConfigError(f"a configuration has no field {sorted(unknown)[0]!r}")
-    config = replace(preset if isinstance(preset, Config) else PRESETS[preset], **{
-        field: tuple(value) if isinstance(value, list) else value
-        for field, value in overrides.items()})
+    """The configuration of a preset (or a Config) with some fields changed; lists become tuples.
+
+    Raises ConfigError.
+    """
+    config = PRESETS.get(preset) if isinstance(preset, str) else preset
+    require(config is not None, f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    unknown = sorted(overrides.keys() - {field.name for field in fields(Config)})
+    require(not unknown, f"a configuration has no field {', '.join(unknown)}")
+    config = replace(config, **{field: tuple(value) if isinstance(value, list) else value
+                                for field, value in overrides.items()})
     check(config)
     return config
 
 
-MOST = {"image_size": 4096, "length": 1000, "flow_steps": 100, "global_patch": 4096, "bridges": 100,
-        "head_layers": 100, "batch_size": 10**6, "lr": 1e3, "epochs": 10**6}
+def require(condition, message):
+    if not condition:
+        raise ConfigError(message)
 
 
 def check(config):
-    """Raises ConfigError, naming the field, for a configuration that no model can have."""
+    """Raises ConfigError, which names the field, if no model can have this configuration."""
     for field in fields(Config):
-        value, kind = getattr(config, field.name), type(field.default)
-        if type(value) is not kind or kind is tuple and any(type(i) is not int for i in value):
-            raise ConfigError(f"{field.name} is {value!r}, but must be of the kind of "
-                              f"{field.default!r}")
+        value, default = getattr(config, field.name), field.default
+        entries = value if type(value) is tuple else ()
+        require(type(value) is type(default) and all(type(i) is int for i in entries),
+                f"{field.name} is {value!r}; it must be of the kind of {default!r}")
+        if type(value) in (int, float) and field.name not in ("dropout", "global_blocks"):
+            require(value > 0, f"{field.name} is {value}; it must be above 0")
     for field, table in (("method", METHODS), ("vision", VISION), ("text", TEXT)):
-        if getattr(config, field) not in table:
-            raise ConfigError(f"{field} {getattr(config, field)!r} is unknown; "
-                              f"there are {', '.join(table)}")
-    method, vision, text = METHODS[config.method], VISION[config.vision], TEXT[config.text]
-    foreign = {field for other in METHODS.values() for field in other.own_fields}
-    for field in sorted(foreign.difference(method.own_fields)):
-        if getattr(config, field) != getattr(Config, field):
-            raise ConfigError(f"{field} plays no part in method {config.method}; for another "
-                              f"method take one of its presets")
-    if vision.embed and not method.projects and config.towers_learn:
-        raise ConfigError(f"method {config.method} would leave the projection of {config.vision} "
-                          f"without use, so it cannot learn; take a tower of DINOv2's family")
-    for field in fields(Config):
-        value, most = getattr(config, field.name), MOST.get(field.name, 8192)
-        if type(field.default) in (int, float) and field.name not in ("dropout", "global_blocks") \
-                and not 0 < value <= most:
-            raise ConfigError(f"{field.name} is {value}; it must be above 0 and at most {most}")
-    if config.image_size % vision.patch or config.image_size == vision.patch:
-        near = max(2, round(config.image_size / vision.patch)) * vision.patch
-        raise ConfigError(f"image_size {config.image_size} is no multiple (twice or more) of the "
-                          f"patch size {vision.patch} of {config.vision}; {near} is")
-    if not 3 <= config.length <= text.positions:
-        raise ConfigError(f"length {config.length}: {config.text} reads 3 to {text.positions} "
-                          f"tokens, both ends included")
-    for field, depth in (("visual_adapter_layers", vision.depth),
-                         ("text_adapter_layers", text.depth), ("features", vision.depth)):
-        layers = getattr(config, field)
-        if field in method.own_fields + ("features",) and any(not 0 <= i < depth for i in layers):
-            raise ConfigError(f"{field} {layers}: the tower has {depth} blocks, 0 to {depth - 1}")
-        if list(layers) != sorted(set(layers)):
-            raise ConfigError(f"{field} {layers}: each block once, in order")
-    if list(config.milestones) != sorted({epoch for epoch in config.milestones if epoch > 0}):
-        raise ConfigError(f"milestones {config.milestones}: epochs from 1 on, each once, in order")
-    if len(config.features) != 2:
-        raise ConfigError(f"features {config.features}: the head takes two blocks and the last")
-    if config.head_width % 4 or config.head_width % config.head_heads:
-        raise ConfigError(f"head_width {config.head_width}: it must be a multiple of 4 and of "
-                          f"head_heads, {config.head_heads}")
-    if not 0 <= config.dropout < 1:
-        raise ConfigError(f"dropout {config.dropout} is not in [0, 1)")
-    method.check(config, vision, text)
+        require(getattr(config, field) in table,
+                f"{field} {getattr(config, field)!r} is unknown; there are {', '.join(table)}")
+    vision, text = VISION[config.vision], TEXT[config.text]
+    method, own_fields = METHODS[config.method]
+    for field in sorted(set().union(*(names for _, names in METHODS.values())) - own_fields):
+        require(getattr(config, field) == getattr(Config, field),
+                f"{field} plays no part in method {config.method}; take a preset of another method")
+    require(3 <= config.length <= text.positions,
+            f"length {config.length}: {config.text} reads 3 to {text.positions} tokens")
+    require(len(config.features) == 2, f"features {config.features}: name two blocks")
+    require(0 <= config.dropout < 1, f"dropout {config.dropout} is not in [0, 1)")
+    require(config.global_blocks >= 0, f"global_blocks {config.global_blocks} is negative")
+    require(method in (BarLeRIa, ETRIS) or not (vision.embed and config.towers_learn),
+            f"method {config.method} does not use the projection of {config.vision}, so it cannot "
+            f"learn; take a DINOv2 tower")
+    require(method is not BarLeRIa or (vision.embed or vision.width) == text.embed
+            and (config.text not in PUBLISHED or config.vision == config.text),
+            f"vision {config.vision} and text {config.text} are not the two towers of one CLIP")
+    layers = [("features", vision.depth)]
+    if method is DCRIS:
+        layers += [("visual_adapter_layers", vision.depth), ("text_adapter_layers", text.depth)]
+    for field, depth in layers:
+        blocks = getattr(config, field)
+        require(blocks == tuple(i for i in range(depth) if i in blocks),
+                f"{field} {blocks}: the tower has {depth} blocks, 0 to {depth - 1}; name each "
+                f"block once, in order")
+    near = max(1, round(config.image_size / vision.patch)) * vision.patch
+    for field, number, divisor, whose in {
+            DCRIS: [
+                ("visual_adapter_rank", config.visual_adapter_rank, 16, "the convolutions"),
+                ("text_adapter_rank", config.text_adapter_rank,
+                 16 if config.text_convolutions else 1, "the convolutions")],
+            BarLeRIa: [
+                ("text", vision.depth, text.depth, "vision blocks per text block"),
+                ("global_blocks", vision.depth, config.global_blocks or 1, "stages of the tower"),
+                ("global_width", config.global_width, config.global_heads, "global_heads")],
+            ETRIS: [
+                ("bridges", vision.depth, config.bridges, "vision blocks"),
+                ("bridges", text.depth, config.bridges, "text blocks"),
+                ("bridge_width", config.bridge_width, config.bridge_heads, "bridge_heads")],
+            UniModal: [
+                ("tuner_rank", config.tuner_rank, 4 if config.method == "compacter" else 1,
+                 "Kronecker factors")]}[method] + [
+            ("image_size", config.image_size, vision.patch, f"the patch of {config.vision}; take "
+                                                            f"{near}"),
+            ("head_width", config.head_width, 4, "the decoder's positions"),
+            ("head_width", config.head_width, config.head_heads, "head_heads")]:
+        require(number % divisor == 0, f"{field} {getattr(config, field)}: {number} is no multiple "
+                                       f"of {divisor} ({whose})")
 
 
 def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):
-    """A model from a preset's name, or a Config, and changed fields of its configuration.
+    """A model from a preset's name, or a Config, with the fields in `overrides` changed.
 
-    Towers come from the files given and are random without them; `model.sources` says which. They
-    are frozen unless `train_towers`; with `train_positions` CLIP's position embeddings learn.
-    A list among the fields counts as a tuple. `init`: (path, checkpoint) of a run whose towers to
-    start from. Raises ConfigError, WeightsError, OSError.
+    The towers are read from the given files, or start with random weights; `model.sources` says
+    which. `init`: (path, checkpoint) of a run from which to take the towers' weights instead.
+    Raises ConfigError, WeightsError, OSError.
     """
     config = configure(preset, **overrides)
     towers, sources = {}, {}
@@ -565,12 +510,11 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
         if path is None:
             tower, sources[kind] = tower_class(expected), None
         else:
-            tower = read(path)
-            path = backbones.weight_file(path)
+            tower, path = read(path), backbones.weight_file(path)
             sources[kind] = {"file": Path(path).name, "sha256": sha256(path)}
             if tower.shape != expected:
-                raise WeightsError(f"{path} holds {tower.shape}, but {kind} = "
-                                   f"{getattr(config, kind)} means {expected}")
+                raise WeightsError(f"{path}: {kind} {getattr(config, kind)} is {expected}, but the "
+                                   f"file holds {tower.shape}")
         if init is not None:
             held = {name: tensor for name, tensor in init[1]["tensors"].items()
                     if name.startswith(f"{kind}.")}
@@ -582,16 +526,17 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
 
 
 def wire(config, vision, text):
-    """The model of a Config on two frozen towers, of which is freed what is to learn.
+    """The model of a Config on two frozen towers; unfreezes the parts of them that learn.
 
-    CLIP's vision positions are resized to the run's own grid before they learn, as in the authors'
-    programs.
+    CLIP's vision positions are resized to the grid of `image_size` before they learn, as in the
+    authors' programs.
     """
     vision.legacy_position_resize = config.legacy_position_resize
-    model = METHODS[config.method](config, vision, text)
+    method, _ = METHODS[config.method]
+    model = method(config, vision, text)
     if config.towers_learn:
-        for tower in (vision, text):
-            backbones.unfreeze(tower)
+        backbones.unfreeze(vision)
+        backbones.unfreeze(text)
     if config.train_positions:
         if vision.shape.family == "clip":
             vision.resize(config.image_size)
@@ -601,8 +546,8 @@ def wire(config, vision, text):
 
 
 def clip_positions(model):
-    """The position embeddings that the authors of ETRIS and BarLeRIa let learn: those of CLIP's
-    towers and of EVA-02-CLIP's text tower (all that is named `positional_embedding` there)."""
+    """The position embeddings that learn in the programs of ETRIS and BarLeRIa: those of CLIP's
+    towers and of EVA-02-CLIP's text tower (named `positional_embedding` there)."""
     return [tower.position for tower in (model.vision, model.text)
             if tower.shape.family not in ("dinov2", "eva")]
 
@@ -610,19 +555,19 @@ def clip_positions(model):
 def find_weights(config, vision_weights=None, text_weights=None):
     """The paths of both towers' files: those given, else the published names in `pretrained/`.
 
-    Towers without published weights (the drawn data's) have None. Raises FileNotFoundError that
-    says where a missing file is to be had.
+    None for a tower without published weights (the drawn data's). Raises FileNotFoundError.
     """
-    found = []
-    for name, path in ((config.vision, vision_weights), (config.text, text_weights)):
-        found.append(find_published(name, path) if name in PUBLISHED else path)
-    return found
+    return [find_published(name, path) if name in PUBLISHED else path
+            for name, path in ((config.vision, vision_weights), (config.text, text_weights))]
 
 
 def find_published(name, path=None):
-    """`path`, or the file published under this name in `pretrained/`. FileNotFoundError."""
+    """`path`, or the file published under this name in `pretrained/`.
+
+    Raises FileNotFoundError, which says where to get the file.
+    """
     published = PUBLISHED[name]
-    path = Path(path) if path is not None else PRETRAINED / published.file
+    path = Path(path or PRETRAINED / published.file)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; `python backbones.py download {name}` "
                                 f"fetches it; it is published as {published.file} at "
@@ -635,22 +580,18 @@ def find_published(name, path=None):
 # ---------------------------------------------------------------------------------------------
 
 def tuned_tensors(model):
-    """Name -> tensor of all that a checkpoint must hold: what was tuned, and the head.
-
-    Left out are the tensors of towers that are frozen and came from a file.
-    """
-    parameters = dict(model.named_parameters())
+    """Name -> tensor of everything but the frozen parts of towers that came from a file."""
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items()
-            if model.sources.get(name.split(".")[0]) is None
-            or name in parameters and parameters[name].requires_grad}
+            if name in learns or model.sources.get(name.split(".")[0]) is None}
 
 
 @contextlib.contextmanager
 def replacing(path, previous=None):
-    """A binary file to write that becomes `path` only once it is whole and on the disk.
+    """Opens a binary file for writing; it becomes `path` once it is complete and on the disk.
 
-    What stood there before becomes `previous`, if that is given. OSError names `path`; what stood
-    there is then still at `path`, or at `previous`.
+    The file that was at `path` becomes `previous`, if given. Raises OSError, which names `path`;
+    the old file is then still at `path`, or at `previous`.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -661,8 +602,10 @@ def replacing(path, previous=None):
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
-    except (OSError, ValueError) as error:      # ValueError: a picture too large for its format
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, RuntimeError) as error:
+        # torch.save turns the OSError of a full disk into a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"{path}: could not be written: {reason}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -672,117 +615,142 @@ def replacing(path, previous=None):
 def save(path, model, previous=None, **more):
     """Writes a checkpoint: configuration, the towers' file names and SHA-256, tuned tensors.
 
-    `more` is kept beside them (plain values and tensors). The zip file that PyTorch makes of it has
-    a checksum for each part. `previous` and OSError are those of `replacing`.
+    It also holds the plain values and tensors in `more`. `previous` and OSError: see `replacing`.
     """
-    checkpoint = {"config": asdict(model.config), "towers": model.sources,
-                  "tensors": tuned_tensors(model), **more}
     with replacing(path, previous) as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:       # PyTorch's writer hides the OSError of a full disk
-            hidden = error.__context__
-            raise hidden if isinstance(hidden, OSError) else OSError("is the disk full?") from error
+        torch.save({"config": asdict(model.config), "towers": model.sources,
+                    "tensors": tuned_tensors(model), **more}, file)
 
 
 def read_checkpoint(path):
-    """{config, towers, tensors, run, vocabulary, ...} as `save` or `export` wrote it, or {released,
-    run, vocabulary} with the named tensors of the authors' programs.
+    """The dictionary that `save` or `export` wrote, with a Config in "config".
 
-    `config` is a Config. Raises WeightsError for anything else, OSError.
+    "run" and "vocabulary" are always there. A file of the authors' programs gives {released, run,
+    vocabulary} instead. Raises FileNotFoundError, and WeightsError for any other content.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if str(path).endswith(".safetensors"):
-        tensors, notes = backbones.read_safetensors(path)
-        try:
-            checkpoint = {**json.loads(notes["ris"]), "tensors": tensors}
-            checkpoint["config"] = {field: tuple(value) if isinstance(value, list) else value
-                                    for field, value in checkpoint["config"].items()}
-        except (KeyError, ValueError, TypeError, AttributeError):
-            raise WeightsError(f"{path}: not a file that `model.py export` wrote") from None
+        content, metadata = backbones.read_safetensors(path)
     else:
-        checkpoint = backbones.read_file(path)
-    released = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if isinstance(released, dict) and all(isinstance(name, str) for name in released):
-        return {"released": released, "run": {}, "vocabulary": {}}
-    if not isinstance(checkpoint, dict) or not all(
-            isinstance(checkpoint.get(part), dict) for part in ("config", "towers", "tensors")):
-        raise WeightsError(f"{path}: not a checkpoint of this project (config, towers, tensors)")
-    if checkpoint["towers"].keys() != {"vision", "text"} or not all(
-            source is None or isinstance(source, dict) and source.keys() == {"file", "sha256"}
-            for source in checkpoint["towers"].values()):
-        raise WeightsError(f"{path}: its towers are not a file and its sha256 each")
-    for part in ("run", "vocabulary"):      # train.py's additions
-        if not isinstance(checkpoint.setdefault(part, {}), dict):
-            raise WeightsError(f"{path}: its {part} is not a table")
-    text, seconds = checkpoint["vocabulary"].get("text", ""), checkpoint.get("seconds", 0.0)
-    if not (all(isinstance(name, str) for name in checkpoint["tensors"])
-            and isinstance(text, str) and isinstance(seconds, (int, float))
-            and all(isinstance(checkpoint["run"].get(fact, ""), str)
-                    for fact in ("preset", "dataset"))):
-        raise WeightsError(f"{path}: the names of its tensors, its vocabulary, preset, data set or "
-                           f"seconds are of a wrong type")
+        content, metadata = backbones.read_file(path), None
     try:
-        checkpoint["config"] = Config(**checkpoint["config"])
-        check(checkpoint["config"])
-    except (TypeError, ConfigError) as error:
-        raise WeightsError(f"{path}: its configuration cannot be built: {error}") from None
+        checkpoint = {"run": {}, "vocabulary": {}}
+        if metadata is not None:
+            checkpoint |= {**json.loads(metadata["ris"]), "tensors": content}
+        elif "state_dict" in dict(content):
+            return {**checkpoint, "released": {
+                name.removeprefix("module."): tensor
+                for name, tensor in content["state_dict"].items()}}
+        else:
+            checkpoint |= content
+        checkpoint["config"] = configure(Config(), **checkpoint["config"])
+        for part in ("tensors", "run", "vocabulary"):
+            checkpoint[part] = dict(checkpoint[part])
+        checkpoint["towers"] = {
+            kind: source and {"file": source["file"], "sha256": source["sha256"]}
+            for kind, source in (("vision", checkpoint["towers"]["vision"]),
+                                 ("text", checkpoint["towers"]["text"]))}
+    except Exception as error:              # whatever is wrong inside
+        raise WeightsError(f"{path}: not a checkpoint of this project "
+                           f"({type(error).__name__}: {error})") from None
     return checkpoint
 
 
 def load(path, vision_weights=None, text_weights=None, checkpoint=None):
-    """A model in eval mode from a checkpoint, which is read unless it is given.
+    """A model in eval mode from a checkpoint; pass `checkpoint` if it was read already.
 
-    Tower files are those given, or looked for in `pretrained/`, and must be the ones it was trained
-    with (SHA-256). Raises WeightsError or OSError.
+    Tower files are those given, or looked for in `pretrained/`. They must be the files of the
+    training run (SHA-256). Raises WeightsError or OSError.
     """
-    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
+    checkpoint = checkpoint or read_checkpoint(path)
     if "released" in checkpoint:
         return load_released(path, checkpoint["released"])
-    config = checkpoint["config"]
-    weights = []
-    for kind, given in (("vision", vision_weights), ("text", text_weights)):
-        name = getattr(config, kind)
-        if checkpoint["towers"][kind] and name not in PUBLISHED:
-            raise WeightsError(f"{path}: the {kind} tower {name!r} comes from no file")
-        weights.append(find_published(name, given) if checkpoint["towers"][kind] else None)
-    model = build(config, *weights)
-    for kind, source in checkpoint["towers"].items():
+    config, towers = checkpoint["config"], checkpoint["towers"]
+    model = build(config, *(
+        find_published(getattr(config, kind), given) if towers[kind] else None
+        for kind, given in (("vision", vision_weights), ("text", text_weights))))
+    for kind, source in towers.items():
         if source and source["sha256"] not in (None, model.sources[kind]["sha256"]):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
-                               f"{str(source['sha256'])[:16]}..., but the file at hand has "
+                               f"{source['sha256'][:16]}..., but {kind}_weights has "
                                f"{model.sources[kind]['sha256'][:16]}...")
     backbones.load_tensors(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
     return model.eval()
 
 
 def export(checkpoint_path, out):
-    """Writes what was tuned, the head and the configuration of a checkpoint, and nothing else.
+    """Writes a checkpoint's tuned tensors, head and configuration, without the optimizer's state.
 
     OUT.pt is a checkpoint as `save` writes it; OUT.safetensors holds the same tensors, and the rest
-    as JSON in its metadata. Both load again. Raises WeightsError, OSError.
+    as JSON in its metadata. `load` reads both. Raises WeightsError, OSError.
     """
     if os.path.exists(out) and os.path.samefile(checkpoint_path, out):
-        raise OSError(f"{out}: would be written over what it is made of")
+        raise OSError(f"{out}: is the checkpoint itself; name another file")
     checkpoint = read_checkpoint(checkpoint_path)
-    net = load(checkpoint_path, checkpoint=checkpoint)
-    odd = [name for name in (net.config.vision, net.config.text) if name.startswith("released-")]
-    if odd:
-        raise WeightsError(f"{checkpoint_path}: without its tower {odd[0]}, which was published "
-                           f"nowhere else, it could not be loaded again")
-    kept = {part: checkpoint[part] for part in ("run", "vocabulary")}
+    model = load(checkpoint_path, checkpoint=checkpoint)
+    metadata = {part: checkpoint[part] for part in ("run", "vocabulary")}
     if not str(out).endswith(".safetensors"):
-        return save(out, net, **kept)
+        return save(out, model, **metadata)
     try:
         import safetensors.torch
     except ImportError:
         raise WeightsError(f"{out}: to write .safetensors files, pip install safetensors; or name "
                            f"it .pt") from None
-    notes = json.dumps({"config": asdict(net.config), "towers": net.sources, **kept})
-    tensors = {name: tensor.contiguous() for name, tensor in tuned_tensors(net).items()}
+    metadata |= {"config": asdict(model.config), "towers": model.sources}
+    tensors = {name: tensor.contiguous() for name, tensor in tuned_tensors(model).items()}
     with replacing(out) as file:
-        file.write(safetensors.torch.save(tensors, {"ris": notes}))
+        file.write(safetensors.torch.save(tensors, {"ris": json.dumps(metadata)}))
+
+
+# ---------------------------------------------------------------------------------------------
+# The table of parameters
+# ---------------------------------------------------------------------------------------------
+
+def count(model):
+    """Numbers of parameters: frozen, positions (`clip_positions`, if they learn), head, tuned.
+
+    Tuned: all others that learn. None of the papers counts the positions, even where they learn.
+    """
+    positions = {id(position) for position in clip_positions(model)}
+    sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        kind = ("head" if name.startswith("head.") else
+                "frozen" if not parameter.requires_grad else
+                "positions" if id(parameter) in positions else "tuned")
+        sizes[kind] += parameter.numel()
+    return sizes
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The presets and their parameters.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("export", help="write the tuned part of a checkpoint alone")
+    command.add_argument("ckpt", metavar="CKPT")
+    command.add_argument("out", metavar="OUT", help="OUT.pt or OUT.safetensors")
+    args = parser.parse_args()
+    if args.command == "export":
+        if Path(args.out).suffix not in (".pt", ".safetensors"):
+            parser.error("OUT ends in .pt or .safetensors")
+        export(args.ckpt, args.out)
+        return
+    rows = []
+    for preset in PRESETS:
+        with torch.device("meta"):          # shapes only, no memory
+            sizes = count(build(preset))
+        rows.append({"preset": preset, **sizes, "paper_millions": PAPER.get(preset)})
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print("Parameters in millions. Tuned: all that learns, without the head and CLIP's position\n"
+          "embeddings. Paper: the printed figure for tuned.\n")
+    print("| preset | frozen | tuned | paper | positions | head |\n|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        frozen, tuned, positions, head = (
+            f"{row[part] / 1e6:.2f}" for part in ("frozen", "tuned", "positions", "head"))
+        paper = "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}"
+        print(f"| {row['preset']} | {frozen} | {tuned} | {paper} | {positions} | {head} |")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -831,68 +799,62 @@ RELEASED_NAMES = [
 def load_released(path, state):
     """A model in eval mode from the tensors of a released DETRIS or ETRIS checkpoint.
 
-    Every width, rank, layer and grid is read off the names and shapes. Not in the files, and taken
-    as in the authors' configurations: 8 heads, heads of 64 in the towers, 17 tokens, the blocks
-    whose maps the head takes, the size of DETRIS's photos, 448 pixels. (In ETRIS's files the grid
-    of positions is that of the photo.)
+    Widths, ranks and layers are read from the names and shapes. The files do not hold, and the
+    authors' configurations give: 8 heads, 17 tokens, the blocks whose maps the head takes, and
+    448 pixels for DETRIS. (ETRIS's grid of positions is that of the photo.) Raises WeightsError.
     """
     backbones.check_plain(path, state)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     detris = any(name.startswith("dinov2.") for name in state)
-    prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
+    vision_prefix, text_prefix = ("dinov2.", "txt_backbone.") if detris else 2 * ("backbone.",)
+    rest = {name: tensor for name, tensor in state.items() if ".adapter." in name
+            or not name.startswith((vision_prefix, text_prefix))}
+    towers = {name: tensor for name, tensor in state.items() if name not in rest}
+    vision, text = (
+        read(path, {name.removeprefix(prefix): tensor for name, tensor in towers.items()
+                    if name.startswith(prefix)})
+        for read, prefix in ((backbones.vision_tower, vision_prefix),
+                             (backbones.text_tower, text_prefix)))
 
-    def part(prefix):
-        return {name.removeprefix(prefix): tensor for name, tensor in state.items()
-                if name.startswith(prefix) and ".adapter." not in name}
+    def rows(pattern):
+        """Number in the name -> rows of the tensor, of all whose names match the pattern."""
+        return {int(match[1]): len(rest[match[0]]) if rest[match[0]].ndim else 0
+                for match in (re.fullmatch(pattern, name) for name in rest) if match}
 
-    def size(name, axis=0):
-        if name not in state or state[name].ndim <= axis:
-            raise WeightsError(f"{path}: tensor {name} is missing or misshapen")
-        return state[name].shape[axis]
-
-    def numbers(pattern):
-        matches = (re.match(pattern, name) for name in state)
-        return tuple(sorted({int(match[1]) for match in matches if match}))
-
-    vision = backbones.vision_tower(path, part(prefixes[0]))
-    text = backbones.text_tower(path, part(prefixes[1]))
+    config = DETRIS_B if detris else ETRIS_B
+    found = {"vision": shape_name(path, VISION, vision.shape),
+             "text": shape_name(path, TEXT, text.shape),
+             "head_width": rows(r"neck\.aggr\.(0)\.weight").get(0, 0),
+             "head_layers": len(rows(r"decoder\.layers\.(\d+)\.ffn\.0\.weight"))}
     third = vision.shape.depth // 3
-    common = {
-        "vision": shape_name(VISION, vision.shape), "text": shape_name(TEXT, text.shape),
-        "head_width": size("neck.aggr.0.weight"),
-        "head_layers": len(numbers(r"decoder\.layers\.(\d+)\."))}
     if detris:
-        visual = numbers(r"dinov2\.blocks\.(\d+)\.adapter\.")
-        words = numbers(r"txt_backbone\.transformer\.resblocks\.(\d+)\.adapter\.")
-        resblock = "txt_backbone.transformer.resblocks"
-        ranks = {}
-        if visual:
-            ranks["visual_adapter_rank"] = size(f"dinov2.blocks.{visual[0]}.adapter.D_fc1.weight")
-        if words:
-            ranks["text_adapter_rank"] = size(f"{resblock}.{words[0]}.adapter.D_fc1.weight")
-        config = Config(
-            visual_adapter_layers=visual, text_adapter_layers=words, legacy_position_resize=True,
-            text_convolutions=any(".adapter.dense_branch1." in name for name in state
-                                  if name.startswith(resblock)),
-            features=(third, 2 * third), image_size=448, **ranks, **common)
+        visual, words = (
+            rows(rf"{blocks}\.(\d+)\.adapter\.D_fc1\.weight")
+            for blocks in (r"dinov2\.blocks", r"txt_backbone\.transformer\.resblocks"))
+        found |= {
+            "features": (third, 2 * third),
+            "visual_adapter_layers": tuple(sorted(visual)),
+            "visual_adapter_rank": max(visual.values(), default=config.visual_adapter_rank),
+            "text_adapter_layers": tuple(sorted(words)),
+            "text_adapter_rank": max(words.values(), default=config.text_adapter_rank),
+            "text_convolutions": any(re.match(r"txt_backbone.*\.dense_branch1\.", name)
+                                     for name in rest)}
     else:
-        config = replace(
-            ETRIS_B, bridges=len(numbers(r"bridger\.linear1\.(\d+)\.")),
-            bridge_width=size("bridger.linear1.0.weight"), features=(third - 1, 2 * third - 1),
-            image_size=vision.shape.grid * vision.shape.patch, **common)
+        bridges = rows(r"bridger\.linear1\.(\d+)\.weight")
+        found |= {"features": (third - 1, 2 * third - 1), "bridges": len(bridges),
+                  "bridge_width": max(bridges.values(), default=0),
+                  "image_size": vision.shape.grid * vision.shape.patch}
     try:
-        check(config)
+        config = configure(config, **found)
     except ConfigError as error:
         raise WeightsError(f"{path}: no model can be made of it: {error}") from None
-    net = wire(config, vision, text)
-    net.sources = {kind: {"file": PUBLISHED[name].file if name in PUBLISHED else "", "sha256": None}
-                   for kind, name in (("vision", config.vision), ("text", config.text))}
-    own = {name: tensor for name, tensor in net.state_dict().items()
+    model = wire(config, vision, text)
+    model.sources = {kind: {"file": PUBLISHED[name].file if name in PUBLISHED else "",
+                            "sha256": None}
+                     for kind, name in (("vision", config.vision), ("text", config.text))}
+    own = {name: tensor for name, tensor in model.state_dict().items()
            if not name.startswith(("vision.", "text."))}
-    rest = {name: tensor for name, tensor in state.items()
-            if not name.startswith(prefixes) or ".adapter." in name}
-    backbones.load_tensors(net, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
-    return net.eval()
+    backbones.load_tensors(model, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
+    return model.eval()
 
 
 def in_our_shapes(state, bridges):
@@ -917,75 +879,13 @@ def in_our_shapes(state, bridges):
     return out
 
 
-def shape_name(table, shape):
-    """The name of a tower's shape in VISION or TEXT; a new one is entered there, for `check`."""
+def shape_name(path, table, shape):
+    """The name of a tower's shape in VISION or TEXT. Raises WeightsError if it is not there."""
     for name, known in table.items():
         # ETRIS's files hold CLIP's positions on the grid of the photo.
         if known == (replace(shape, grid=known.grid) if shape.family == "clip" else shape):
             return name
-    name = f"released-{shape.width}x{shape.depth}"
-    table[name] = shape
-    return name
-
-
-# ---------------------------------------------------------------------------------------------
-# The table of parameters
-# ---------------------------------------------------------------------------------------------
-
-def count(model):
-    """Parameters: frozen, tuned (all that learns but for the next two), positions, head.
-
-    Positions are `clip_positions` where they learn. The authors of ETRIS and BarLeRIa let them,
-    without counting them, and DCRIS's figure for full tuning does not count them, either.
-    """
-    apart = {id(position) for position in clip_positions(model)}
-    sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        kind = ("head" if name.startswith("head.") else
-                "frozen" if not parameter.requires_grad else
-                "positions" if id(parameter) in apart else "tuned")
-        sizes[kind] += parameter.numel()
-    return sizes
-
-
-def differences(overrides):
-    """In words, how a row of the table differs from its preset."""
-    layers = overrides.get("visual_adapter_layers", ())
-    if layers and layers == overrides["text_adapter_layers"]:
-        return f", layers {list(layers)}"
-    return "".join(f", {field.replace('_adapter_', ' ')} "
-                   f"{list(value) if isinstance(value, tuple) else value}"
-                   for field, value in overrides.items())
-
-
-def main():
-    parser = argparse.ArgumentParser(description="The presets and their parameters.")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("export", help="write the tuned part of a checkpoint alone")
-    command.add_argument("ckpt", metavar="CKPT")
-    command.add_argument("out", metavar="OUT", help="OUT.pt or OUT.safetensors")
-    args = parser.parse_args()
-    if args.command == "export":
-        if Path(args.out).suffix not in (".pt", ".safetensors"):
-            parser.error("OUT ends in .pt or .safetensors")
-        export(args.ckpt, args.out)
-        return
-    rows = []
-    for preset, overrides, paper in TABLE:
-        with torch.device("meta"):          # shapes only, no memory
-            sizes = count(build(preset, **overrides))
-        rows.append({"preset": preset + differences(overrides), **sizes, "paper_millions": paper})
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return
-    print("Parameters in millions. Tuned: all that learns but for the head and CLIP's position\n"
-          "embeddings; beside it the paper's figure.\n")
-    print("| preset | frozen | tuned | paper | positions | head |\n|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        paper = "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}"
-        print(f"| {row['preset']} | {row['frozen'] / 1e6:.2f} | {row['tuned'] / 1e6:.2f} | {paper} "
-              f"| {row['positions'] / 1e6:.2f} | {row['head'] / 1e6:.2f} |")
+    raise WeightsError(f"{path}: its tower is of unknown size: {shape}; known: {', '.join(table)}")
 
 
 if __name__ == "__main__":

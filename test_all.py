@@ -595,17 +595,20 @@ class Tuners(Exact):
 class Counts(unittest.TestCase):
     """Parameters, exactly, and the papers' printed millions."""
 
+    def tuned(self, preset, **overrides):
+        with torch.device("meta"):
+            return model.count(model.build(preset, **overrides))["tuned"]
+
     def test_readme_says_what_the_program_says(self):
         readme = (HERE / "README.md").read_text()
-        _, printed, _ = program(model)
-        for line in printed.splitlines():
-            if re.match(r"\| [\w-]+ \|", line):         # not the rows of DCRIS's ablations
+        for line in program(model)[1].splitlines():
+            if line.startswith("| "):
                 self.assertIn(line, readme)
-        for name, published in model.PUBLISHED.items():
+        for published in model.PUBLISHED.values():
             self.assertIn(f"`{published.file}`", readme)
             self.assertIn(f"<{published.address}>", readme)
+        known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
         for flag in set(re.findall(r"(?<=[ `])--[a-z][a-z_-]+", readme)):
-            known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
             field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
             self.assertTrue(f'"{flag}"' in known or hasattr(model.Config, field) or flag in (
                 "--nnodes", "--nproc_per_node", "--rdzv-endpoint", "--max-restarts", "--help"),
@@ -613,48 +616,53 @@ class Counts(unittest.TestCase):
 
     def test_parts(self):
         with torch.device("meta"):
-            self.assertEqual(parameters(backbones.ViT(backbones.VISION["dinov2-b"])), 86_583_552)
-            self.assertEqual(parameters(backbones.TextTransformer(backbones.TEXT["clip-b"])),
-                             63_428_097)
-            self.assertEqual(parameters(adapters.DenseCrossAdapter(768, 128, 512, 0.1)), 382_896)
-            self.assertEqual(parameters(adapters.BottleneckAdapter(512, 64, 0.2)), 66_112)
-            self.assertEqual(parameters(adapters.DenseTextAdapter(512, 64)), 69_720)
-            for name, tuned in (("snf", 184_416), ("barleria-local", 390_656),
-                                ("barleria", 2_206_096)):
-                sizes = model.count(model.build(name))
-                self.assertEqual(sizes["tuned"], tuned)
-                self.assertEqual(sizes["positions"], (1 + 26 ** 2) * 768 + 77 * 512)
-            self.assertEqual(parameters(model.build("barleria").global_branch), 1_815_440)
-            for name, tuned in (("houlsby", 1_982_976), ("lora", 1_572_864), ("etris", 1_387_648),
-                                ("etris-dino", 1_387_648), ("snf-etris", 1_387_648 + 184_416),
-                                ("fixed", 0), ("full", 149_972_225 - 769)):
-                self.assertEqual(model.count(model.build(name))["tuned"], tuned, name)
-            self.assertEqual(model.count(model.build("barleria-eva"))["positions"], 77 * 512)
-            released = model.count(model.build("etris", bridge_width=64))["tuned"]
-            self.assertEqual(released, 598_592)
-            compacter = model.count(model.build("compacter"))["tuned"]
-            self.assertAlmostEqual(compacter / 1.62e6, 1, delta=0.01)
-            self.assertEqual(parameters(backbones.ViT(backbones.VISION["clip-b"])), 86_192_640)
-            self.assertEqual(parameters(backbones.ViT(backbones.VISION["eva-b"])), 86_263_040)
+            for count, module in (
+                    (86_583_552, backbones.ViT(backbones.VISION["dinov2-b"])),
+                    (86_192_640, backbones.ViT(backbones.VISION["clip-b"])),
+                    (86_263_040, backbones.ViT(backbones.VISION["eva-b"])),
+                    (63_428_097, backbones.TextTransformer(backbones.TEXT["clip-b"])),
+                    (382_896, adapters.DenseCrossAdapter(768, 128, 512, 0.1)),
+                    (66_112, adapters.BottleneckAdapter(512, 64, 0.2)),
+                    (69_720, adapters.DenseTextAdapter(512, 64)),
+                    (1_815_440, model.build("barleria").global_branch)):
+                self.assertEqual(parameters(module), count, type(module))
+            for name, positions in (("barleria", (1 + 26 ** 2) * 768 + 77 * 512), ("dcris-b", 0),
+                                    ("snf", (1 + 26 ** 2) * 768 + 77 * 512),
+                                    ("barleria-eva", 77 * 512)):
+                self.assertEqual(model.count(model.build(name))["positions"], positions, name)
+        for name, tuned in (
+                ("dcris-b", 6 * (382_896 + 66_112)), ("fixed", 0), ("full", 149_972_225 - 769),
+                ("houlsby", 1_982_976), ("lora", 1_572_864), ("etris", 1_387_648),
+                ("etris-dino", 1_387_648), ("snf", 184_416), ("snf-etris", 1_387_648 + 184_416),
+                ("barleria-local", 390_656), ("barleria", 2_206_096)):
+            self.assertEqual(self.tuned(name), tuned, name)
+        self.assertEqual(self.tuned("etris", bridge_width=64), 598_592)     # the released file
 
-    def test_table(self):
-        status, out, _ = program(model, "--json")
-        self.assertEqual(status, 0)
-        printed = [f"{row['tuned'] / 1e6:.2f}" for row in json.loads(out)
-                   if row["preset"].startswith("dcris-b, layers")]
-        self.assertEqual(printed, ["0.45", "0.90", "1.35", "1.80", "2.25", "2.69", "3.14", "3.59",
-                                   "5.39"])
-        tuned = {row["preset"]: row["tuned"] for row in json.loads(out)}
-        self.assertEqual(tuned["dcris-b"], 6 * (382_896 + 66_112))
-        table = program(model)[1]
-        self.assertIn("| dcris-b | 150.01 | 2.69 | 2.69 |", table)
-        for name, figure in (("snf", "0.18"), ("barleria-local", "0.39"), ("barleria", "2.21")):
-            self.assertIn(f"| {name} | 149.43 | {figure} | {figure} | 0.56 |", table)
-        rows = json.loads(out)
-        self.assertGreater(sum(row["paper_millions"] is not None for row in rows), 18)
-        for row in rows:
-            if row["paper_millions"] is not None:
-                self.assertEqual(f"{row['tuned'] / 1e6:.2f}", f"{row['paper_millions']:.2f}", row)
+    def test_papers_figures(self):
+        rows = json.loads(program(model, "--json")[1])
+        self.assertEqual([row["preset"] for row in rows], list(model.PRESETS))
+        printed = {row["preset"]: f"{row['tuned'] / 1e6:.2f}" for row in rows
+                   if row["paper_millions"] is not None}
+        self.assertEqual(printed, {name: f"{paper:.2f}" for name, paper in model.PAPER.items()})
+
+    def test_dcris_tables_3_to_5(self):
+        odd = (1, 3, 5, 7, 9, 11)
+        for visual, text, tuned in ((odd, (), 6 * 382_896), ((), odd, 6 * 66_112)):     # Table 3
+            self.assertEqual(self.tuned("dcris-b", visual_adapter_layers=visual,
+                                        text_adapter_layers=text), tuned)
+        for visual, text in ((64, 64), (128, 64), (128, 128), (256, 128)):              # Table 4
+            with torch.device("meta"):
+                parts = (adapters.DenseCrossAdapter(768, visual, 512, 0.1),
+                         adapters.BottleneckAdapter(512, text, 0.2))
+            self.assertEqual(
+                self.tuned("dcris-b", visual_adapter_rank=visual, text_adapter_rank=text),
+                6 * sum(parameters(part) for part in parts))
+        for layers, millions in (                                                       # Table 5
+                ((8,), "0.45"), ((6, 11), "0.90"), ((4, 8, 11), "1.35"), ((3, 6, 9, 11), "1.80"),
+                ((3, 5, 7, 9, 11), "2.25"), (odd, "2.69"), ((1, 3, 5, 7, 9, 10, 11), "3.14"),
+                ((1, 3, 4, 5, 7, 9, 10, 11), "3.59"), (tuple(range(12)), "5.39")):
+            tuned = self.tuned("dcris-b", visual_adapter_layers=layers, text_adapter_layers=layers)
+            self.assertEqual(f"{tuned / 1e6:.2f}", millions, layers)
 
 
 def drawn_tensors(shapes, layers):
@@ -1128,22 +1136,18 @@ class Methods(unittest.TestCase):
         for name, idle in (("shapes", {"vision.mask_token", "text.logit_scale"}),
                            ("shapes-barleria", {"text.logit_scale"})):
             net = model.build(name)
-            images, tokens = self.batch(net)
-            net(images, tokens).sum().backward()
+            net(*self.batch(net)).sum().backward()
             without = {name for name, p in net.named_parameters() if p.grad is None}
             self.assertEqual(without, idle)
 
-    def test_adapters_off_leaves_the_towers_alone(self):
+    def test_dcris_reads_the_words_and_without_adapters_is_its_towers(self):
         net = model.build("shapes", visual_adapter_layers=(), text_adapter_layers=()).eval()
         images, tokens = self.batch(net)
-        words, sentence = net.text_branch(tokens)
+        words, _ = net.text_branch(tokens)
         self.assertTrue(torch.equal(words, net.text(tokens)[0]))
         last = net.image_branch(images, words)[-1].flatten(2).transpose(1, 2)
         self.assertTrue(torch.equal(last, net.vision(images)[:, net.vision.prefix:]))
-
-    def test_the_image_reads_the_words(self):
         net = model.build("shapes", visual_adapter_layers=(1,)).eval()
-        images, tokens = self.batch(net)
         other = tokens.clone()
         other[:, 2] = 41
         a, b = (net.image_branch(images, net.text_branch(t)[0]) for t in (tokens, other))
@@ -1153,100 +1157,77 @@ class Methods(unittest.TestCase):
         for name in ("shapes", "shapes-barleria"):
             net = model.build(name).eval()
             images, tokens = self.batch(net)
-            side = 4 * net.config.image_size // net.vision.shape.patch
-            self.assertEqual(net(images, tokens).shape, (2, 1, side, side))
-            self.assertEqual(net(images[:, :, :48], tokens).shape, (2, 1, 24, side))
+            self.assertEqual(net(images[:, :, :48], tokens).shape, (2, 1, 24, 32))
+        with torch.device("meta"):
+            for name, config in model.PRESETS.items():
+                net = model.build(name).eval()
+                side = 4 * config.image_size // net.vision.shape.patch
+                images = torch.zeros(1, 3, config.image_size, config.image_size)
+                tokens = torch.zeros(1, config.length, dtype=torch.int64)
+                self.assertEqual(net(images, tokens).shape, (1, 1, side, side), name)
 
     def test_bad_configurations(self):
-        for overrides, message in (
-                ({"image_size": 450}, "image_size 450 is no multiple .*14 of dinov2-b; 448 is"),
-                ({"visual_adapter_layers": (3, 12)}, "the tower has 12 blocks, 0 to 11"),
-                ({"text_adapter_layers": (-1,)}, "text_adapter_layers"),
-                ({"visual_adapter_layers": (3, 3)}, "each block once"),
-                ({"visual_adapter_rank": 100}, "multiple of 16"),
-                ({"length": 78}, "3 to 77"), ({"length": 2}, "3 to 77"),
-                ({"head_heads": 7}, "head_width 512"), ({"lr": 0.0}, "above 0"),
-                ({"lr": math.nan}, "above 0"), ({"batch_size": -2}, "above 0"),
-                ({"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
-                ({"features": (4,)}, "two blocks"), ({"dropout": 1.0}, "dropout"),
-                ({"colour": 1}, "no field 'colour'"), ({"image_size": 14}, "28 is"),
-                ({"image_size": 448.0}, "image_size is 448.0, but must be of the kind of 448"),
-                ({"intertwined": "no"}, "intertwined is 'no'"), ({"features": (4, "8")}, "feat"),
-                ({"visual_flows": False}, "visual_flows plays no part in method dcris")):
-            with self.subTest(overrides), self.assertRaisesRegex(model.ConfigError, message):
-                model.configure("dcris-b", **overrides)
-        for overrides, message in (
-                ({"visual_adapter_rank": 64}, "visual_adapter_rank plays no part in .*barleria"),
-                ({"vision": "dinov2-b", "image_size": 448}, "dinov2-b and text clip-b are not"),
-                ({"vision": "clip-l", "image_size": 420}, "are not the two towers"),
-                ({"vision": "eva-b"}, "are not the two towers of one CLIP"),
-                ({"image_size": 400, "global_patch": 401}, "global_patch 401 is larger"),
-                ({"global_blocks": 5}, "global_blocks 5: the 12 blocks .* multiple of 5"),
-                ({"global_blocks": -1}, "global_blocks"), ({"flow_steps": 0}, "above 0"),
-                ({"global_width": 100}, "global_width 100 is no multiple of global_heads, 3")):
-            with self.subTest(overrides), self.assertRaisesRegex(model.ConfigError, message):
-                model.configure("barleria", **overrides)
-        with self.assertRaisesRegex(model.ConfigError, "leave the projection of small-clip"):
-            model.configure("shapes", vision="small-clip")
-        with self.assertRaisesRegex(model.ConfigError, "no preset 'nothing'; there are shapes"):
-            model.build("nothing")
+        for preset, overrides, message in (
+                ("dcris-b", {"image_size": 450}, "image_size 450: .* of 14 .*take 448"),
+                ("dcris-b", {"visual_adapter_layers": (3, 12)}, "the tower has 12 blocks, 0 to 11"),
+                ("dcris-b", {"text_adapter_layers": (-1,)}, "text_adapter_layers"),
+                ("dcris-b", {"visual_adapter_layers": (3, 3)}, "each block once"),
+                ("dcris-b", {"visual_adapter_rank": 100}, "rank 100: 100 is no multiple of 16"),
+                ("dcris-b", {"length": 78}, "3 to 77"), ("dcris-b", {"length": 2}, "3 to 77"),
+                ("dcris-b", {"head_heads": 7}, "head_width 512"),
+                ("dcris-b", {"lr": math.nan}, "above 0"), ("dcris-b", {"batch_size": -2}, "above"),
+                ("dcris-b", {"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
+                ("dcris-b", {"features": (4,)}, "two blocks"), ("dcris-b", {"dropout": 1.}, "drop"),
+                ("dcris-b", {"colour": 1}, "no field colour"),
+                ("dcris-b", {"image_size": 448.0}, "image_size is 448.0; it must be of the kind"),
+                ("dcris-b", {"features": (4, "8")}, "features is"),
+                ("dcris-b", {"visual_flows": False}, "visual_flows plays no part in .* dcris"),
+                ("barleria", {"visual_adapter_rank": 64}, "rank plays no part in .*barleria"),
+                ("barleria", {"vision": "clip-l", "image_size": 420}, "are not the two towers"),
+                ("barleria", {"vision": "eva-b"}, "are not the two towers of one CLIP"),
+                ("barleria", {"global_blocks": 5}, "global_blocks 5: 12 is no multiple of 5"),
+                ("barleria", {"global_blocks": -1}, "global_blocks"),
+                ("barleria", {"global_width": 100}, "global_width 100: 100 is no multiple of 3"),
+                ("etris", {"bridges": 5}, "bridges 5: 12 is no multiple of 5"),
+                ("compacter", {"tuner_rank": 6}, "tuner_rank 6: 6 is no multiple of 4"),
+                ("fixed", {"tuner_rank": 6}, "tuner_rank plays no part in method fixed"),
+                ("shapes", {"vision": "small-clip"}, "not use the projection of small-clip"),
+                ("nothing", {}, "no preset 'nothing'; there are shapes")):
+            with self.subTest(preset, **overrides), \
+                    self.assertRaisesRegex(model.ConfigError, message):
+                model.configure(preset, **overrides)
 
     def test_full_size_steps(self):
-        """One optimisation step of every preset for real photos; of their size in two of them."""
-        for name, config in model.PRESETS.items():
-            if name.startswith("shapes") or name in ("dcris-l", "detris-l") and not MANY:
-                continue                    # detris-l-mixed has all that these have
+        for name in (model.PRESETS if MANY else ("dcris-b", "barleria")):
             torch.manual_seed(0)
-            patch = model.VISION[config.vision].patch
-            small = {} if MANY or name in ("dcris-b", "barleria") else {"image_size": 8 * patch}
-            net = model.build(name, **small).train()
-            tuned = [p for p in net.parameters() if p.requires_grad]
-            before = [p.detach().clone() for p in tuned]
-            optimizer = torch.optim.Adam(tuned, lr=1e-4)
-            images, tokens = self.batch(net, 2 if name == "dcris-b" else 1)
-            logits = net(images, tokens)
-            side = 32 if small else {448: 128, 416: 104, 420: 120}[config.image_size]
-            self.assertEqual(logits.shape, (len(images), 1, side, side))
-            masks = (torch.rand(len(images), 1, *images.shape[2:]) > 0.5).float()
-            value = loss.text_to_pixel_loss(logits, masks)
+            net = model.build(name).train()
+            learns = {name: p for name, p in net.named_parameters() if p.requires_grad}
+            before = {name: p.detach().clone() for name, p in learns.items()}
+            optimizer = torch.optim.Adam(learns.values(), lr=1e-4)
+            images, tokens = self.batch(net)
+            masks = (torch.rand(2, 1, *images.shape[2:]) > 0.5).float()
+            value = loss.text_to_pixel_loss(net(images, tokens), masks)
             value.backward()
             optimizer.step()
             self.assertTrue(math.isfinite(value.item()))
-            moved = sum(not torch.equal(a, b) for a, b in zip(before, tuned))
             # Below an up-projection that starts at zero nothing moves in the first step.
-            blocks = len(net.vision.blocks) + len(net.text.blocks)
-            plain = len(config.text_adapter_layers) if not config.text_convolutions else 0
-            still = {"dcris": 2 * plain, "houlsby": 2 * blocks,
-                     "compacter": 2 * blocks + 1, "lora": 4 * 12 + 2 * 12}.get(config.method, 0)
-            self.assertEqual(moved, len(tuned) - still, name)
+            still = {name for name, p in learns.items() if torch.equal(p, before[name])}
+            self.assertFalse([name for name in still if not re.search(
+                r"text_adapters.*down|mlp\.1\.|\.down$|factors", name)])
 
 
 class Checkpoints(unittest.TestCase):
-    def test_there_and_back(self):
-        place = folder(self)
-        torch.manual_seed(0)
-        net = model.build("shapes", dropout=0.0).eval()
-        model.save(place / "a.pt", net)
-        images = torch.randn(2, 3, net.config.image_size, net.config.image_size)
-        tokens = torch.randint(1, 500, (2, 17))
-        again = model.load(place / "a.pt")
-        self.assertFalse(again.training)
-        self.assertEqual(again.config, net.config)
-        self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
-        self.assertEqual([p.name for p in place.iterdir()], ["a.pt"])
-
     def test_towers_from_files_stay_in_their_files(self):
         place = folder(self)
         names = {"vision": backbones.Published("v.pth", "http://v"),
                  "text": backbones.Published("t.pt", "http://t")}
-        shapes = {"vision": backbones.VisionShape(14, 64, 2, 1, grid=4, registers=4),
-                  "text": backbones.TextShape(64, 2, 1, 64, 300, 77)}
+        vision = backbones.VisionShape(14, 64, 2, 1, grid=4, registers=4)
         torch.save(dinov2_state(64, grid=4), place / "v.pth")
         torch.save(clip_state(64), place / "t.pt")
         overrides = {"vision": "vision", "text": "text", "image_size": 56, "train_towers": False,
                      "visual_adapter_layers": (1,), "features": (0, 1)}
-        with mock.patch.dict(backbones.VISION, vision=shapes["vision"]), \
-                mock.patch.dict(backbones.TEXT, text=shapes["text"]), \
+        with mock.patch.dict(backbones.VISION, vision=vision), \
+                mock.patch.dict(backbones.TEXT, text=backbones.TextShape(64, 2, 1, 64, 300, 77)), \
                 mock.patch.dict(backbones.PUBLISHED, names), \
                 mock.patch.object(model, "PRETRAINED", place):
             net = model.build("shapes", place / "v.pth", place / "t.pt", **overrides).eval()
@@ -1258,13 +1239,8 @@ class Checkpoints(unittest.TestCase):
             images, tokens = torch.randn(1, 3, 56, 56), torch.tensor([[298, 4, 299]])
             again = model.load(place / "a.pt")
             self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
+            self.assertFalse(again.training)
             self.assertFalse(any(p.requires_grad for p in again.vision.parameters()))
-            name = "vision.class_token"         # a frozen tower is its file's alone
-            tensors = {**held["tensors"], name: net.vision.class_token + 1}
-            torch.save({**held, "config": asdict(held["config"]), "tensors": tensors},
-                       place / "b.pt")
-            with self.assertRaisesRegex(backbones.WeightsError, f"unexpected, the first: {name}"):
-                model.load(place / "b.pt")
             torch.save(dinov2_state(64, grid=4), place / "v.pth")         # other numbers
             with self.assertRaisesRegex(backbones.WeightsError, "SHA-256"):
                 model.load(place / "a.pt")
@@ -1277,74 +1253,62 @@ class Checkpoints(unittest.TestCase):
         net = model.build("shapes").eval()
         model.save(place / "a.pt", net, run={"dataset": "shapes"}, vocabulary={"text": "a b"},
                    optimizer={"state": torch.zeros(1000)})
-        outs = ["b.pt"]
-        try:
-            import safetensors      # noqa: F401
-            outs.append("c.safetensors")
-        except ImportError:
-            status, _, err = program(model, "export", place / "a.pt", place / "c.safetensors")
-            self.assertEqual(status, 2)
-            self.assertIn("pip install safetensors", err)
-        images, tokens = torch.randn(1, 3, 64, 64), torch.randint(1, 500, (1, 17))
-        for out in outs:
+        for out in ("b.pt", "c.safetensors"):
             status, _, err = program(model, "export", place / "a.pt", place / out)
+            if status and out == "c.safetensors":
+                self.assertIn("pip install safetensors", err)
+                continue
             self.assertEqual(status, 0, err)
             again = model.load(place / out)
             self.assertEqual(again.config, net.config)
             for name, tensor in net.state_dict().items():
                 self.assertTrue(torch.equal(again.state_dict()[name], tensor), name)
-            self.assertTrue(torch.allclose(again(images, tokens), net(images, tokens), atol=1e-5))
             status, _, err = program(model, "export", place / out, place / out)
             self.assertEqual(status, 2)
-            self.assertIn("written over what it is made of", err)
+            self.assertIn("is the checkpoint itself", err)
             held = model.read_checkpoint(place / out)
             self.assertEqual(held["vocabulary"], {"text": "a b"})
             self.assertNotIn("optimizer", held)
 
     def test_bad_checkpoints_are_refused(self):
         place = folder(self)
-        net = model.build("shapes")
-        model.save(place / "a.pt", net)
+        model.save(place / "a.pt", model.build("shapes"))
         whole = (place / "a.pt").read_bytes()
-        (place / "half.pt").write_bytes(whole[:len(whole) // 2])
-        held = model.read_checkpoint(place / "a.pt")
+        held = torch.load(place / "a.pt")
         first = next(iter(held["tensors"]))
-        for name, change, message in (
-                ("missing", lambda c: c["tensors"].pop(first), f"missing, the first: {first}"),
-                ("extra", lambda c: c["tensors"].update(x=torch.zeros(1)), "unexpected.*: x"),
-                ("shape", lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
-                ("field", lambda c: c["config"].update(colour=1), "colour"),
-                ("value", lambda c: c["config"].update(image_size=81), "image_size 81"),
-                ("type", lambda c: c["config"].update(head_heads=True), "head_heads is True"),
-                ("layers", lambda c: c["config"].update(head_layers=10**9), "at most 100"),
-                ("entry", lambda c: c["tensors"].update({first: "x"}), "not a plain tensor"),
-                ("nan", lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}),
-                 "not finite"),
-                ("towers", lambda c: c.update(towers={"vision": 5, "text": None}), "its towers"),
-                ("run", lambda c: c.update(run=5), "its run is not a table"),
-                ("part", lambda c: c.pop("towers"), "not a checkpoint")):
-            changed = {**held, "tensors": dict(held["tensors"]), "config": asdict(held["config"])}
+        for change, message in (
+                (lambda c: c["tensors"].pop(first), f"missing, the first: {first}"),
+                (lambda c: c["tensors"].update(x=torch.zeros(1)), "unexpected.*: x"),
+                (lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
+                (lambda c: c["tensors"].update({first: "x"}), "not a plain tensor"),
+                (lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}), "finite"),
+                (lambda c: c["config"].update(colour=1), "colour"),
+                (lambda c: c["config"].update(image_size=81), "image_size 81"),
+                (lambda c: c["config"].update(head_heads=True), "head_heads is True"),
+                (lambda c: c.update(towers={"vision": 5, "text": None}), "not a checkpoint"),
+                (lambda c: c.update(run=5), "not a checkpoint"),
+                (lambda c: c.pop("towers"), "not a checkpoint of this project .*towers")):
+            changed = {**held, "tensors": dict(held["tensors"]), "config": dict(held["config"])}
             change(changed)
-            torch.save(changed, place / f"{name}.pt")
-            with self.subTest(name), self.assertRaisesRegex(backbones.WeightsError, message):
-                model.load(place / f"{name}.pt")
+            torch.save(changed, place / "b.pt")
+            with self.subTest(message), self.assertRaisesRegex(
+                    backbones.WeightsError, f"b.pt: .*{message}"):
+                model.load(place / "b.pt")
         flipped = bytearray(whole)
         flipped[len(whole) // 3] ^= 0x40
-        (place / "flipped.pt").write_bytes(flipped)
-        for name in ("half", "flipped"):
-            with self.assertRaisesRegex(backbones.WeightsError, f"{name}.pt: not a readable"):
-                model.load(place / f"{name}.pt")
-        (place / "code.pt").write_bytes(pickle.dumps(Harm(place / "harmed")))
-        with self.assertRaises(backbones.WeightsError):
-            model.load(place / "code.pt")
+        for content in (whole[:len(whole) // 2], flipped, pickle.dumps(Harm(place / "harmed"))):
+            (place / "c.pt").write_bytes(content)
+            with self.assertRaisesRegex(backbones.WeightsError, "c.pt: not a readable"):
+                model.load(place / "c.pt")
         self.assertFalse((place / "harmed").exists())
 
     def test_a_failed_save_keeps_the_old_file(self):
         place = folder(self)
         (place / "a.pt").write_bytes(b"old")
-        with self.assertRaises(OSError), model.replacing(place / "a.pt") as file:
-            file.write(b"new")
-            raise OSError(28, "No space left on device")
+        full = OSError(28, "No space left on device")
+        with mock.patch("os.fsync", side_effect=full), \
+                self.assertRaisesRegex(OSError, "a.pt: could not be written: No space left"):
+            model.save(place / "a.pt", model.build("shapes"))
         self.assertEqual([(p.name, p.read_bytes()) for p in place.iterdir()], [("a.pt", b"old")])
 
 
