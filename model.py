@@ -469,29 +469,33 @@ def check(config):
         require(blocks == tuple(i for i in range(depth) if i in blocks),
                 f"{field} {blocks}: the tower has {depth} blocks, 0 to {depth - 1}; name each "
                 f"block once, in order")
+
+    def multiple(field, of):
+        value = getattr(config, field)
+        require(value % of == 0, f"{field} {value} is no multiple of {of}")
+
     near = max(1, round(config.image_size / vision.patch)) * vision.patch
-    for field, number, divisor, whose in {
-            DCRIS: [
-                ("visual_adapter_rank", config.visual_adapter_rank, 16, "the convolutions"),
-                ("text_adapter_rank", config.text_adapter_rank,
-                 16 if config.text_convolutions else 1, "the convolutions")],
-            BarLeRIa: [
-                ("text", vision.depth, text.depth, "vision blocks per text block"),
-                ("global_blocks", vision.depth, config.global_blocks or 1, "stages of the tower"),
-                ("global_width", config.global_width, config.global_heads, "global_heads")],
-            ETRIS: [
-                ("bridges", vision.depth, config.bridges, "vision blocks"),
-                ("bridges", text.depth, config.bridges, "text blocks"),
-                ("bridge_width", config.bridge_width, config.bridge_heads, "bridge_heads")],
-            UniModal: [
-                ("tuner_rank", config.tuner_rank, 4 if config.method == "compacter" else 1,
-                 "Kronecker factors")]}[method] + [
-            ("image_size", config.image_size, vision.patch, f"the patch of {config.vision}; take "
-                                                            f"{near}"),
-            ("head_width", config.head_width, 4, "the decoder's positions"),
-            ("head_width", config.head_width, config.head_heads, "head_heads")]:
-        require(number % divisor == 0, f"{field} {getattr(config, field)}: {number} is no multiple "
-                                       f"of {divisor} ({whose})")
+    require(config.image_size % vision.patch == 0,
+            f"image_size {config.image_size} is no multiple of {vision.patch}, the patch of "
+            f"{config.vision}; {near} is")
+    multiple("head_width", of=4)                    # the decoder's positions
+    multiple("head_width", of=config.head_heads)
+    if method is DCRIS:                             # the convolutions' widths are 1/16 of a rank
+        multiple("visual_adapter_rank", of=16)
+        multiple("text_adapter_rank", of=16 if config.text_convolutions else 1)
+    elif method is BarLeRIa:
+        multiple("global_width", of=config.global_heads)
+        for part, blocks in (("text", text.depth), ("global_blocks", config.global_blocks or 1)):
+            require(vision.depth % blocks == 0,
+                    f"{part} {getattr(config, part)}: the {vision.depth} blocks of {config.vision} "
+                    f"are no multiple of {blocks}")
+    elif method is ETRIS:
+        multiple("bridge_width", of=config.bridge_heads)
+        require(vision.depth % config.bridges == text.depth % config.bridges == 0,
+                f"bridges {config.bridges}: the towers have {vision.depth} and {text.depth} blocks, "
+                f"which must be multiples of it")
+    elif config.method == "compacter":
+        multiple("tuner_rank", of=4)                # Kronecker factors
 
 
 def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):

@@ -1168,11 +1168,11 @@ class Methods(unittest.TestCase):
 
     def test_bad_configurations(self):
         for preset, overrides, message in (
-                ("dcris-b", {"image_size": 450}, "image_size 450: .* of 14 .*take 448"),
+                ("dcris-b", {"image_size": 450}, "image_size 450 .* of 14.*448 is"),
                 ("dcris-b", {"visual_adapter_layers": (3, 12)}, "the tower has 12 blocks, 0 to 11"),
                 ("dcris-b", {"text_adapter_layers": (-1,)}, "text_adapter_layers"),
                 ("dcris-b", {"visual_adapter_layers": (3, 3)}, "each block once"),
-                ("dcris-b", {"visual_adapter_rank": 100}, "rank 100: 100 is no multiple of 16"),
+                ("dcris-b", {"visual_adapter_rank": 100}, "rank 100 is no multiple of 16"),
                 ("dcris-b", {"length": 78}, "3 to 77"), ("dcris-b", {"length": 2}, "3 to 77"),
                 ("dcris-b", {"head_heads": 7}, "head_width 512"),
                 ("dcris-b", {"lr": math.nan}, "above 0"), ("dcris-b", {"batch_size": -2}, "above"),
@@ -1185,11 +1185,11 @@ class Methods(unittest.TestCase):
                 ("barleria", {"visual_adapter_rank": 64}, "rank plays no part in .*barleria"),
                 ("barleria", {"vision": "clip-l", "image_size": 420}, "are not the two towers"),
                 ("barleria", {"vision": "eva-b"}, "are not the two towers of one CLIP"),
-                ("barleria", {"global_blocks": 5}, "global_blocks 5: 12 is no multiple of 5"),
+                ("barleria", {"global_blocks": 5}, "global_blocks 5: .* 12 .* of 5"),
                 ("barleria", {"global_blocks": -1}, "global_blocks"),
-                ("barleria", {"global_width": 100}, "global_width 100: 100 is no multiple of 3"),
-                ("etris", {"bridges": 5}, "bridges 5: 12 is no multiple of 5"),
-                ("compacter", {"tuner_rank": 6}, "tuner_rank 6: 6 is no multiple of 4"),
+                ("barleria", {"global_width": 100}, "global_width 100 is no multiple of 3"),
+                ("etris", {"bridges": 5}, "bridges 5: .* 12 and 12 blocks"),
+                ("compacter", {"tuner_rank": 6}, "tuner_rank 6 is no multiple of 4"),
                 ("fixed", {"tuner_rank": 6}, "tuner_rank plays no part in method fixed"),
                 ("shapes", {"vision": "small-clip"}, "not use the projection of small-clip"),
                 ("nothing", {}, "no preset 'nothing'; there are shapes")):
