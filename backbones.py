@@ -625,7 +625,7 @@ TEXT_LAYOUTS = [
 # Loading and fetching
 # ---------------------------------------------------------------------------------------------
 
-def load_vision(path, image_size=None):
+def load_vision(path, image_size=None, state=None):
     """A frozen vision tower from a published file; its tensors' names tell the family.
 
     That is DINOv2 with registers, CLIP, or EVA-02 as CLIP, as their authors published them, or the
@@ -634,16 +634,8 @@ def load_vision(path, image_size=None):
     from the tensors. With `image_size` (pixels) the grid of positions is resized to that size once;
     without it, the grid stays as published and is resized for every input. Raises WeightsError,
     naming the tensor, for anything missing, extra or misshapen; OSError if the file cannot be read;
-    ValueError if the patch does not divide `image_size`.
+    ValueError if the patch does not divide `image_size`. `state`: the tensors, if they were read.
     """
-    tower = vision_tower(path, read_tensors(path))
-    if image_size is not None:
-        tower.resize(image_size)
-    return tower
-
-
-def vision_tower(path, state):
-    """`load_vision`, of tensors that were read from `path`."""
     state, layout, depth, size = in_layout(path, "vision", VISION_LAYOUTS, state)
     width = size("patch.weight", 0)
     dinov2 = layout.family == "dinov2"
@@ -652,19 +644,18 @@ def vision_tower(path, state):
         grid=math.isqrt(size("position", -2) - 1),
         registers=size("registers", 1) if dinov2 else 0,
         embed=0 if dinov2 else size("projection.weight", 0), family=layout.family)
-    return tower_from(ViT, shape, state, path, layout)
+    tower = tower_from(ViT, shape, state, path, layout)
+    if image_size is not None:
+        tower.resize(image_size)
+    return tower
 
 
-def load_text(path):
+def load_text(path, state=None):
     """A frozen text tower, CLIP's or that of EVA-02 as CLIP; files as for `load_vision`.
 
-    `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). Errors: as `load_vision`.
+    `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). `state` and errors: as for
+    `load_vision`.
     """
-    return text_tower(path, read_tensors(path))
-
-
-def text_tower(path, state):
-    """`load_text`, of tensors that were read from `path`."""
     state, layout, depth, size = in_layout(path, "text", TEXT_LAYOUTS, state)
     state.setdefault("logit_scale", torch.zeros(()))    # files of a text tower alone have none
     width = size("embedding.weight", 1)
@@ -680,6 +671,7 @@ def in_layout(path, kind, layouts, state):
 
     `size(name, axis)` is the length of one axis of the tensor that we call `name`.
     """
+    state = read_tensors(path) if state is None else state
     layout = next((layout for layout in layouts if layout.mark in state), None)
     if layout is None:
         marks = ", ".join(f"{layout.mark} ({layout.family})" for layout in layouts)

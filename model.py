@@ -493,7 +493,7 @@ def check(config):
         multiple("bridge_width", of=config.bridge_heads)
         require(vision.depth % config.bridges == text.depth % config.bridges == 0,
                 f"bridges {config.bridges}: the towers have {vision.depth} and {text.depth} blocks, "
-                f"which must be multiples of it")
+                f"no multiples of it")
     elif config.method == "compacter":
         multiple("tuner_rank", of=4)                # Kronecker factors
 
@@ -814,10 +814,10 @@ def load_released(path, state):
             or not name.startswith((vision_prefix, text_prefix))}
     towers = {name: tensor for name, tensor in state.items() if name not in rest}
     vision, text = (
-        read(path, {name.removeprefix(prefix): tensor for name, tensor in towers.items()
-                    if name.startswith(prefix)})
-        for read, prefix in ((backbones.vision_tower, vision_prefix),
-                             (backbones.text_tower, text_prefix)))
+        read(path, state={name.removeprefix(prefix): tensor for name, tensor in towers.items()
+                          if name.startswith(prefix)})
+        for read, prefix in ((backbones.load_vision, vision_prefix),
+                             (backbones.load_text, text_prefix)))
 
     def rows(pattern):
         """Number in the name -> rows of the tensor, of all whose names match the pattern."""
