@@ -43,140 +43,6 @@ class DataError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokenizer
-# ---------------------------------------------------------------------------------------------
-
-MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
-MOST_BYTES = 50_000_000                # of a vocabulary; CLIP's has 3.2 million
-START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's pattern, to be matched on `kinds(text)` in place of the text.
-PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|0|[^ a-z0]+")
-
-LONGEST = 2_000             # characters of an expression
-
-
-def clean(text):
-    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), only plain spaces.
-
-    DataError for an absurdly long text: to merge a word of n letters takes n squared steps.
-    """
-    if len(text) > LONGEST:
-        raise DataError(f"an expression of {len(text):,} characters; at most {LONGEST:,} are read")
-    text = html.unescape(html.unescape(text)).strip()
-    return "".join(" " if is_space(c) else c for c in text).lower()
-
-
-def is_space(character):
-    # str.isspace() also takes four control characters for spaces that CLIP's pattern does not.
-    return character.isspace() and not "\x1c" <= character <= "\x1f"
-
-
-def kinds(text):
-    r"""The text with every character replaced by one that stands for its kind.
-
-    Python's `re` knows no \p{L} and \p{N}, so letters become ASCII letters, numbers (also ² and Ⅳ)
-    "0", spaces " ", all else "!". What CLIP's pattern names literally stays as it is; "ſ" equals
-    "s" where case is ignored, as it is there. "z" occurs in none of its literals.
-    """
-    def kind(c):
-        if c.isascii() and (c.isalpha() or c in "'<|>"):
-            return c.lower()
-        if c == "ſ":
-            return "s"
-        category = unicodedata.category(c)[0]
-        return "z" if category == "L" else "0" if category == "N" else " " if is_space(c) else "!"
-    return "".join(map(kind, text))
-
-
-@functools.cache
-def byte_symbols():
-    """CLIP's printable character for each of the 256 bytes, in the order of its vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return dict(zip(printable + others,
-                    [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
-
-
-def symbols_of(piece):
-    """The symbols of a piece of text before any merge: its bytes, the last marked as the end."""
-    *word, last = (byte_symbols()[b] for b in piece.encode("utf-8", errors="replace"))
-    return (*word, last + "</w>")
-
-
-def merge_pair(word, pair):
-    """The symbols of `word` with every occurrence of `pair`, from the left, made one."""
-    merged, i = [], 0
-    while i < len(word):
-        if word[i:i + 2] == pair:
-            merged.append(word[i] + word[i + 1])
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return tuple(merged)
-
-
-class Tokenizer:
-    """CLIP's byte-level BPE, from `bpe_simple_vocab_16e6.txt.gz` or a `merges.txt` (or its bytes).
-
-    `tokenizer(texts, length)` gives token ids, int64 (B, length): start, pieces, end, then 0. A
-    text too long keeps its end token last. Raises DataError where the file is no vocabulary.
-    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py, of which only the
-    repair of garbled encodings (ftfy) is left out.
-    """
-
-    def __init__(self, path):
-        try:
-            with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-                file.seek(0)
-                raw = (gzip.GzipFile(fileobj=file) if packed else file).read(MOST_BYTES + 1)
-            if len(raw) > MOST_BYTES:
-                raise ValueError(f"more than {MOST_BYTES:,} bytes")
-            self.text = raw.decode("utf-8")
-            lines = self.text.split("\n")
-            pairs = [tuple(line.split()) for line in lines[1:MERGES + 1] if line.strip()]
-            if "#version" not in lines[0] or any(len(pair) != 2 for pair in pairs):
-                raise ValueError("expected a #version line, then two symbols a line")
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            name = "the vocabulary" if isinstance(path, bytes) else path
-            raise DataError(f"{name}: not a BPE vocabulary ({error})") from None
-        symbols = list(byte_symbols().values())
-        vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs]
-        self.ids = {symbol: i for i, symbol in enumerate([*vocabulary, START, END])}
-        self.ranks = {pair: i for i, pair in enumerate(pairs)}
-        self.size = len(vocabulary) + 2
-        self.known = {START: [self.ids[START]], END: [self.ids[END]]}      # piece -> ids
-
-    def piece_ids(self, piece):
-        """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
-        if piece in self.known:
-            return self.known[piece]
-        word = symbols_of(piece)
-        while len(word) > 1:
-            pair = min(zip(word, word[1:]), key=lambda p: self.ranks.get(p, math.inf))
-            if pair not in self.ranks:
-                break
-            word = merge_pair(word, pair)
-        self.known[piece] = [self.ids[symbol] for symbol in word]
-        return self.known[piece]
-
-    def encode(self, text):
-        """The ids of a text of any length, without start and end."""
-        text = clean(text)
-        return [i for match in PIECES.finditer(kinds(text))
-                for i in self.piece_ids(text[match.start():match.end()])]
-
-    def __call__(self, texts, length):
-        tokens = torch.zeros(len(texts), length, dtype=torch.int64)
-        for row, text in zip(tokens, texts):
-            ids = [self.ids[START], *self.encode(text)[:length - 2], self.ids[END]]
-            row[:len(ids)] = torch.tensor(ids)
-        return tokens
-
-
-# ---------------------------------------------------------------------------------------------
 # Photos and the letterbox
 # ---------------------------------------------------------------------------------------------
 
@@ -306,6 +172,84 @@ def taps(length, side, scale, shift, cubic, device):
         weights = torch.where(distance <= 1, near, far)
     weights = (weights * ((index >= 0) & (index < length))).float()
     return index.clamp(0, length - 1).to(device), weights.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# The two data sets: one for training, one for evaluation
+# ---------------------------------------------------------------------------------------------
+
+class TrainSet(Dataset):
+    """One sample per ref, in one of its expressions.
+
+    `dataset[epoch, index]` depends on seed, epoch and index alone: a dictionary of image, uint8
+    (3, S, S); tokens, int64 (L,); mask, uint8 (1, S, S), 0 to 255; ref, its id. With `skip_broken`
+    a ref whose photo or mask is broken gives way to the next one, and `skipped` counts it.
+    """
+
+    def __init__(self, refs, tokenizer, image_size, length, seed=0, skip_broken=False):
+        self.refs, self.tokenizer, self.seed = refs, tokenizer, seed
+        self.image_size, self.length, self.skip_broken = image_size, length, skip_broken
+
+    def __len__(self):
+        return len(self.refs)
+
+    def __getitem__(self, place):
+        epoch, index = place
+        for skipped in range(len(self.refs)):
+            ref = self.refs[(index + skipped) % len(self.refs)]
+            try:
+                photo, mask = read_pair(ref)
+                break
+            except DataError:
+                if not self.skip_broken:
+                    raise
+        else:
+            raise DataError("every photo is broken")
+        sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
+        return {"image": letterbox(photo, self.image_size),
+                "tokens": self.tokenizer([sentence], self.length)[0],
+                "mask": letterbox_mask(mask, self.image_size), "ref": str(ref.id),
+                "skipped": skipped}
+
+
+class ExpressionSet(Dataset):
+    """Every expression of every ref once, for evaluation.
+
+    A dictionary of image, uint8 (3, S, S); tokens, int64 (L,); mask at the photo's own size, bool
+    (H, W); index. With `skip_broken` None stands for an expression whose photo or mask is broken.
+    """
+
+    def __init__(self, refs, tokenizer, image_size, length, skip_broken=False):
+        self.pairs = [(ref, sentence) for ref in refs for sentence in ref.sentences]
+        self.tokenizer, self.image_size = tokenizer, image_size
+        self.length, self.skip_broken = length, skip_broken
+        self.last = None, None              # a ref and what was read of it, for its next expression
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        ref, sentence = self.pairs[index]
+        try:
+            if self.last[0] is not ref:
+                photo, mask = read_pair(ref)
+                self.last = ref, (letterbox(photo, self.image_size), mask > 0)
+        except DataError:
+            if not self.skip_broken:
+                raise
+            return None
+        image, mask = self.last[1]
+        return {"image": image, "tokens": self.tokenizer([sentence], self.length)[0],
+                "mask": mask, "index": index}
+
+
+def read_pair(ref):
+    """The photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255."""
+    photo = read_photo(ref.image)
+    if photo.size != (ref.width, ref.height):
+        raise DataError(f"{ref.image}: {photo.width}x{photo.height} pixels, but instances.json "
+                        f"says {ref.width}x{ref.height}")
+    return photo, torch.from_numpy(decode_mask(ref) * 255)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -598,78 +542,138 @@ def decode_mask(ref):
     return mask
 
 
-def read_pair(ref):
-    """The photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255."""
-    photo = read_photo(ref.image)
-    if photo.size != (ref.width, ref.height):
-        raise DataError(f"{ref.image}: {photo.width}x{photo.height} pixels, but instances.json "
-                        f"says {ref.width}x{ref.height}")
-    return photo, torch.from_numpy(decode_mask(ref) * 255)
+# ---------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------
+
+MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
+MOST_BYTES = 50_000_000                # of a vocabulary; CLIP's has 3.2 million
+START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's pattern, to be matched on `kinds(text)` in place of the text.
+PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|0|[^ a-z0]+")
+
+LONGEST = 2_000             # characters of an expression
 
 
-class TrainSet(Dataset):
-    """One sample per ref, in one of its expressions.
+def clean(text):
+    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), only plain spaces.
 
-    `dataset[epoch, index]` depends on seed, epoch and index alone: a dictionary of image, uint8
-    (3, S, S); tokens, int64 (L,); mask, uint8 (1, S, S), 0 to 255; ref, its id. With `skip_broken`
-    a ref whose photo or mask is broken gives way to the next one, and `skipped` counts it.
+    DataError for an absurdly long text: to merge a word of n letters takes n squared steps.
     """
+    if len(text) > LONGEST:
+        raise DataError(f"an expression of {len(text):,} characters; at most {LONGEST:,} are read")
+    text = html.unescape(html.unescape(text)).strip()
+    return "".join(" " if is_space(c) else c for c in text).lower()
 
-    def __init__(self, refs, tokenizer, image_size, length, seed=0, skip_broken=False):
-        self.refs, self.tokenizer, self.seed = refs, tokenizer, seed
-        self.image_size, self.length, self.skip_broken = image_size, length, skip_broken
 
-    def __len__(self):
-        return len(self.refs)
+def is_space(character):
+    # str.isspace() also takes four control characters for spaces that CLIP's pattern does not.
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
 
-    def __getitem__(self, place):
-        epoch, index = place
-        for skipped in range(len(self.refs)):
-            ref = self.refs[(index + skipped) % len(self.refs)]
-            try:
-                photo, mask = read_pair(ref)
-                break
-            except DataError:
-                if not self.skip_broken:
-                    raise
+
+def kinds(text):
+    r"""The text with every character replaced by one that stands for its kind.
+
+    Python's `re` knows no \p{L} and \p{N}, so letters become ASCII letters, numbers (also ² and Ⅳ)
+    "0", spaces " ", all else "!". What CLIP's pattern names literally stays as it is; "ſ" equals
+    "s" where case is ignored, as it is there. "z" occurs in none of its literals.
+    """
+    def kind(c):
+        if c.isascii() and (c.isalpha() or c in "'<|>"):
+            return c.lower()
+        if c == "ſ":
+            return "s"
+        category = unicodedata.category(c)[0]
+        return "z" if category == "L" else "0" if category == "N" else " " if is_space(c) else "!"
+    return "".join(map(kind, text))
+
+
+@functools.cache
+def byte_symbols():
+    """CLIP's printable character for each of the 256 bytes, in the order of its vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return dict(zip(printable + others,
+                    [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
+
+
+def symbols_of(piece):
+    """The symbols of a piece of text before any merge: its bytes, the last marked as the end."""
+    *word, last = (byte_symbols()[b] for b in piece.encode("utf-8", errors="replace"))
+    return (*word, last + "</w>")
+
+
+def merge_pair(word, pair):
+    """The symbols of `word` with every occurrence of `pair`, from the left, made one."""
+    merged, i = [], 0
+    while i < len(word):
+        if word[i:i + 2] == pair:
+            merged.append(word[i] + word[i + 1])
+            i += 2
         else:
-            raise DataError("every photo is broken")
-        sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
-        return {"image": letterbox(photo, self.image_size),
-                "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": letterbox_mask(mask, self.image_size), "ref": str(ref.id),
-                "skipped": skipped}
+            merged.append(word[i])
+            i += 1
+    return tuple(merged)
 
 
-class ExpressionSet(Dataset):
-    """Every expression of every ref once, for evaluation.
+class Tokenizer:
+    """CLIP's byte-level BPE, from `bpe_simple_vocab_16e6.txt.gz` or a `merges.txt` (or its bytes).
 
-    A dictionary of image, uint8 (3, S, S); tokens, int64 (L,); mask at the photo's own size, bool
-    (H, W); index. With `skip_broken` None stands for an expression whose photo or mask is broken.
+    `tokenizer(texts, length)` gives token ids, int64 (B, length): start, pieces, end, then 0. A
+    text too long keeps its end token last. Raises DataError where the file is no vocabulary.
+    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py, of which only the
+    repair of garbled encodings (ftfy) is left out.
     """
 
-    def __init__(self, refs, tokenizer, image_size, length, skip_broken=False):
-        self.pairs = [(ref, sentence) for ref in refs for sentence in ref.sentences]
-        self.tokenizer, self.image_size = tokenizer, image_size
-        self.length, self.skip_broken = length, skip_broken
-        self.last = None, None              # a ref and what was read of it, for its next expression
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        ref, sentence = self.pairs[index]
+    def __init__(self, path):
         try:
-            if self.last[0] is not ref:
-                photo, mask = read_pair(ref)
-                self.last = ref, (letterbox(photo, self.image_size), mask > 0)
-        except DataError:
-            if not self.skip_broken:
-                raise
-            return None
-        image, mask = self.last[1]
-        return {"image": image, "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": mask, "index": index}
+            with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
+                packed = file.read(2) == b"\x1f\x8b"
+                file.seek(0)
+                raw = (gzip.GzipFile(fileobj=file) if packed else file).read(MOST_BYTES + 1)
+            if len(raw) > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES:,} bytes")
+            self.text = raw.decode("utf-8")
+            lines = self.text.split("\n")
+            pairs = [tuple(line.split()) for line in lines[1:MERGES + 1] if line.strip()]
+            if "#version" not in lines[0] or any(len(pair) != 2 for pair in pairs):
+                raise ValueError("expected a #version line, then two symbols a line")
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            name = "the vocabulary" if isinstance(path, bytes) else path
+            raise DataError(f"{name}: not a BPE vocabulary ({error})") from None
+        symbols = list(byte_symbols().values())
+        vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs]
+        self.ids = {symbol: i for i, symbol in enumerate([*vocabulary, START, END])}
+        self.ranks = {pair: i for i, pair in enumerate(pairs)}
+        self.size = len(vocabulary) + 2
+        self.known = {START: [self.ids[START]], END: [self.ids[END]]}      # piece -> ids
+
+    def piece_ids(self, piece):
+        """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
+        if piece in self.known:
+            return self.known[piece]
+        word = symbols_of(piece)
+        while len(word) > 1:
+            pair = min(zip(word, word[1:]), key=lambda p: self.ranks.get(p, math.inf))
+            if pair not in self.ranks:
+                break
+            word = merge_pair(word, pair)
+        self.known[piece] = [self.ids[symbol] for symbol in word]
+        return self.known[piece]
+
+    def encode(self, text):
+        """The ids of a text of any length, without start and end."""
+        text = clean(text)
+        return [i for match in PIECES.finditer(kinds(text))
+                for i in self.piece_ids(text[match.start():match.end()])]
+
+    def __call__(self, texts, length):
+        tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+        for row, text in zip(tokens, texts):
+            ids = [self.ids[START], *self.encode(text)[:length - 2], self.ids[END]]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
 
 
 # ---------------------------------------------------------------------------------------------
