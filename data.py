@@ -96,14 +96,15 @@ def letterbox(photo, size):
     columns = torch.from_numpy(np.array(photo.transpose(Image.Transpose.TRANSPOSE))).flatten(1)
     columns = (columns - colour.repeat(photo.height)).unflatten(1, (-1, 3))         # (W, H, 3)
     square = warp(columns, *letterbox_place(*photo.size, size), size, size)
-    return to_bytes(square + colour[:, None, None])
+    return (square + colour[:, None, None]).round_().clamp_(0, 255).byte().contiguous()
 
 
 def letterbox_mask(mask, size):
     """Puts a mask, uint8 (H, W), 0 to 255, where its photo lies: uint8 (1, S, S), bilinear."""
     height, width = mask.shape
     place = letterbox_place(width, height, size)
-    return to_bytes(warp(mask.t()[..., None].float(), *place, size, size, cubic=False))
+    square = warp(mask.t()[..., None].float(), *place, size, size, cubic=False)
+    return square.round_().byte().contiguous()
 
 
 def unletterbox(square, width, height):
@@ -111,10 +112,6 @@ def unletterbox(square, width, height):
     scale, left, top = letterbox_place(width, height, square.shape[-1])
     return warp(square.t()[..., None].float(), 1 / scale, -left / scale, -top / scale,
                 width, height)[0]
-
-
-def to_bytes(x):
-    return x.round_().clamp_(0, 255).byte().contiguous()
 
 
 def warp(image, scale, left, top, width, height, cubic=True):
@@ -267,7 +264,8 @@ def decode_mask(ref):
                 raise ValueError("no polygon of three points or more, or one far outside")
             rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *size))
         mask = pycocotools.mask.decode(rle)
-        if not 0 < mask.sum() == pycocotools.mask.area(rle):    # a short RLE leaves undefined bytes
+        # pycocotools does not define the pixels after the end of a short RLE.
+        if not 0 < np.count_nonzero(mask) == pycocotools.mask.area(rle):
             raise ValueError("an empty mask, or an RLE that does not fill the image")
     except Exception as error:              # an entry of a wrong type can raise nearly anything
         raise DataError(f"ref {reason(ref.id)} of {ref.image}, {ref.width}x{ref.height}: unusable "
@@ -304,19 +302,18 @@ def read_split(root, name, split, skip_broken=False, keep_leaks=False):
     every image in a val or test split of any of the three. `keep_leaks` keeps these images, as
     DCRIS's authors did for training. (G-Ref's google split is not compared.)
     """
-    joined, held_out, skipped, found = [], set(), 0, set()
-    for part in MIXED if name == "mixed" else (name,):
-        splits, broken = read_refs(root, part, skip_broken)
-        joined += splits.get(split, [])
-        skipped += broken
-        found |= splits.keys()
-        held_out |= {ref.image_id for s, refs in splits.items() if s != "train" for ref in refs}
+    parts = [read_refs(root, part, skip_broken)
+             for part in (MIXED if name == "mixed" else (name,))]
+    joined = [ref for splits, _ in parts for ref in splits.get(split, [])]
     if name == "mixed" and split == "train" and not keep_leaks:
+        held_out = {ref.image_id for splits, _ in parts
+                    for other, refs in splits.items() if other != "train" for ref in refs}
         joined = [ref for ref in joined if ref.image_id not in held_out]
     if not joined:
+        found = sorted({reason(other) for splits, _ in parts for other in splits})
         raise DataError(f"{name} in {root} has no split {split!r}; found: "
-                        f"{', '.join(sorted(map(reason, found))) or 'none'}")
-    return joined, skipped
+                        f"{', '.join(found) or 'none'}")
+    return joined, sum(skipped for _, skipped in parts)
 
 
 def held_out_splits(root, name, skip_broken=False):
@@ -356,22 +353,23 @@ def read_refs(root, name, skip_broken=False):
 
 
 def read_ref(entry, images, annotations, photos):
-    """Makes a Ref from one entry of a refs file. Raises any error if the entry is broken."""
+    """Makes a Ref from one entry of a refs file. A broken entry can raise any error."""
     image_id, ann_id = entry["image_id"], entry["ann_id"]
     if image_id not in images:
         raise DataError(f"image {image_id} is not in instances.json")
     if ann_id not in annotations:
         raise DataError(f"annotation {ann_id} is not in instances.json")
-    if not annotations[ann_id]["segmentation"]:
+    image, segmentation = images[image_id], annotations[ann_id]["segmentation"]
+    if not segmentation:
         raise DataError(f"annotation {ann_id} has no mask")
-    image = images[image_id]            # the entry's own file_name is another: it ends in ann_id
-    if image["file_name"] not in photos:
-        raise DataError(f"image {image_id}: the photo {image['file_name']} is missing")
+    name = image["file_name"]           # the entry's own file_name is not that of a file
+    if name not in photos:
+        raise DataError(f"image {image_id}: no image folder holds {name}")
     sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
-    if not sentences or not all(map(clean, sentences)):
+    if not all(map(clean, sentences or [""])):
         raise DataError("an expression is empty")
-    return Ref(entry["ref_id"], image_id, photos[image["file_name"]], image["width"],
-               image["height"], annotations[ann_id]["segmentation"], sentences)
+    return Ref(entry["ref_id"], image_id, photos[name], image["width"], image["height"],
+               segmentation, sentences)
 
 
 def locate(root, name):
@@ -392,7 +390,7 @@ def locate(root, name):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds lists, dicts, strings and numbers only: a pickle can name any program to run."""
+    """Builds only lists, dicts, strings and numbers. A plain unpickler runs what a file names."""
 
     def find_class(self, module, name):
         raise DataError(f"it asks for {module}.{name}, which could run code")
@@ -418,8 +416,8 @@ def read_files(folder, path):
 
 MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
 START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's pattern, whose letters \p{L} and numbers \p{N} Python's `re` does not know. Its \w is
-# letters, numbers and "_". Its \d is only decimal digits; we list the others, such as ² and Ⅳ.
+# CLIP's pattern. It uses \p{L} (letters) and \p{N} (numbers), which Python's `re` does not have. In
+# `re`, \w is letters, numbers and "_". \d is decimal digits; NUMBERS adds others, such as ² and Ⅳ.
 NUMBERS = r"\d" + "".join(c for c in map(chr, range(sys.maxunicode + 1))
                           if c.isnumeric() and not c.isdecimal() and not c.isalpha())
 PIECES = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
@@ -427,7 +425,7 @@ PIECES = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll
 
 
 def clean(text):
-    """Lower case, HTML entities resolved (twice: "&amp;lt;" is common), only plain spaces."""
+    """Resolves HTML entities (twice: "&amp;lt;" is common), makes all spaces plain, lowers case."""
     text = html.unescape(html.unescape(text)).strip()
     # Python also takes four control characters for spaces; CLIP does not.
     return re.sub(r"[^\S\x1c-\x1f]", " ", text).lower()
@@ -436,11 +434,9 @@ def clean(text):
 @functools.cache
 def byte_symbols():
     """CLIP's printable character for each of the 256 bytes, in the order of its vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
+    printable = [b for b in range(256) if "!" <= chr(b) <= "~" or "¡" <= chr(b) != "\xad"]
     others = [b for b in range(256) if b not in printable]
-    return dict(zip(printable + others,
-                    [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def symbols_of(piece):
@@ -554,8 +550,8 @@ DOMAINS = {
         {"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1), "under": (0, 1)},
         nearest=True, shares=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
 }
-# The words of all domains. Each becomes one token of each vocabulary, so a text tower trained on one
-# domain can be carried to the other. It still has to learn what the new words mean.
+# The words of all domains. Each becomes one token of each vocabulary, so a text tower that was
+# trained on one domain can be tuned on the other. It still has to learn what the new words mean.
 WORDS = sorted({word for domain in DOMAINS.values()
                 for names in (domain.colours, domain.sizes, domain.kinds, domain.textures,
                               domain.directions, ["nearest to"])
@@ -585,10 +581,10 @@ def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
         x, y = (rng.uniform(reach, extent - reach) for extent in (width, height))
         if all(math.hypot(x - f.x, y - f.y) > reach + f.reach for f in figures):
             turn = rng.uniform(-0.05, 0.05) + (math.pi / 4 if kind == "square" else 0)
-            corners, *radii = KINDS[kind]
-            angles = [2 * math.pi * i / corners + turn for i in range(corners)]
-            points = [(x + radius * radii[i % 2] * math.sin(a), y - radius * radii[i % 2] * math.cos(a))
-                      for i, a in enumerate(angles)]
+            count, *radii = KINDS[kind]
+            corners = [(2 * math.pi * i / count + turn, radius * radii[i % 2])
+                       for i in range(count)]
+            points = [(x + r * math.sin(angle), y - r * math.cos(angle)) for angle, r in corners]
             figures.append(Figure(size, texture, colour, kind, x, y, reach, points))
         if len(figures) == number:
             return figures
@@ -602,6 +598,7 @@ def descriptions_of(figure):
 
 
 def fits(figure, description):
+    """Whether a description is true of a figure."""
     return all(word in ("", own) for word, own in zip(description, figure))
 
 
@@ -709,7 +706,8 @@ def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
     """Draws a data set of DOMAINS into ROOT/NAME, in the REFER layout, and returns that folder.
 
     `scenes` is {split: number}. Two figures of each scene have up to three expressions each. One
-    mask in four is stored as RLE. The folder appears only when it is complete.
+    mask in four is stored as RLE. The vocabulary `merges.txt` is learned from the training
+    expressions and WORDS. The folder appears only when it is complete.
     """
     folder = Path(root, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -754,9 +752,12 @@ def learn_merges(texts, most=510):
 
 def check(root):
     """Prints a Markdown table that compares the data sets in ROOT with their published sizes."""
+    paths = sorted(Path(root).glob("*/refs(*).p"))
+    if not paths:
+        raise DataError(f"{root}: no folder with a refs(*).p in it; {WHERE}")
     print("| data set | split | refs | published | expressions | published | |")
     print("|---|---|---:|---:|---:|---:|---|")
-    for path in sorted(Path(root).glob("*/refs(*).p")):
+    for path in paths:
         folder, split_by = path.parent, path.name[5:-3]
         alone = len(list(folder.glob("refs(*).p"))) == 1 or SPLIT_BY.get(folder.name) == split_by
         name = folder.name if alone else f"{folder.name}-{split_by}"
