@@ -108,7 +108,7 @@ def letterbox_mask(mask, size):
 
 
 def unletterbox(square, width, height):
-    """Takes a square map (S, S) back to the photo's size, (height, width): bicubic."""
+    """Takes a square map (S, S) back to the photo's size, (height, width): bicubic, 0 outside."""
     scale, left, top = letterbox_place(width, height, square.shape[-1])
     return warp(square.t()[..., None].float(), 1 / scale, -left / scale, -top / scale,
                 width, height)[0]
@@ -335,8 +335,8 @@ def read_refs(root, name, skip_broken=False):
     folders = [Path(root, "images", "train2014"),
                Path(root, "images", "mscoco", "images", "train2014"),
                Path(root, "images"), folder / "images"]
-    photos = {name: f"{place}/{name}"           # in the first of the folders that holds it
-              for place in reversed(folders) if place.is_dir() for name in os.listdir(place)}
+    photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
+              for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
     if not photos:
         raise DataError(f"no images in any of {', '.join(map(str, folders))}; {WHERE}")
     splits, skipped = {}, 0
