@@ -73,7 +73,7 @@ def read_photo(path, upright=False):
                 raise ValueError("more than 8 bits a channel; save it with 8 bits")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:          # each of PIL's decoders raises errors of other types
-        raise DataError(f"{path}: not an image that can be read ({reason(error)})") from None
+        raise DataError(f"{path}: cannot be read as an image ({reason(error)})") from None
 
 
 def letterbox_place(width, height, size):
@@ -792,4 +792,5 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

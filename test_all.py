@@ -28,7 +28,6 @@ import threading
 import time
 import unittest
 import urllib.request
-import zipfile
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -1804,7 +1803,7 @@ class Refer(unittest.TestCase):
         path = self.photos / self.photo(1)
         path.write_bytes(path.read_bytes()[:200])
         for dataset, broken in ((data.TrainSet, (1, 0)), (data.ExpressionSet, 0)):
-            with self.assertRaisesRegex(data.DataError, "1.jpg: not an image that can be read"):
+            with self.assertRaisesRegex(data.DataError, "1.jpg: cannot be read as an image"):
                 dataset(self.read(), self.tokenizer, 64, 17)[broken]
         train_set, expressions = (dataset(self.read(), self.tokenizer, 64, 17, skip_broken=True)
                                   for dataset in (data.TrainSet, data.ExpressionSet))
@@ -1911,10 +1910,10 @@ class Hostile(unittest.TestCase):
                 ("image", {"width": -64}, "pixels, but instances.json says -64x"),
                 ("mask", {"segmentation": None}, "has no mask"),
                 ("mask", {"segmentation": {"size": [10**6, 10**6], "counts": "04"}}, "of size"),
-                ("photo", encoded("RGB", (64, 64), "JPEG", 400), "not an image that can be read"),
+                ("photo", encoded("RGB", (64, 64), "JPEG", 400), "cannot be read as an image"),
                 ("photo", encoded("F", (64, 64), "TIFF"), "more than 8 bits"),
                 ("photo", encoded("1", (30_000, 30_000), "PNG"), "exceeds limit"),
-                ("photo", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "not an image")):
+                ("photo", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "cannot be read as an image")):
             with self.subTest(which=which, message=message):
                 self.spoil(which, change)
                 before = set(self.root.rglob("*"))
@@ -2147,7 +2146,7 @@ class Evaluating(unittest.TestCase):
                 (["--split", "val", "--workers", 1], f"{self.last.image}: not an image"),
                 (["--json", self.ckpt], "net.pt is an input"), (["--json", "/dev/null"], "not a f"),
                 (["--length", 99], "from 3 to 77"), (["--flag"], "arguments: --flag; --help"),
-                ([*one, "--image", self.last.image], "not an image"),
+                ([*one, "--image", self.last.image], "cannot be read as an image"),
                 ([*one, "--output", photo], "is an input"),
                 ([*one, "--output", place / "o.cat"], "o.cat: could not be written: unknown file"),
                 ([*one, "--split", "val"], "nothing of a split"),
