@@ -48,9 +48,7 @@ def bottleneck(width, rank, out_width):
     return nn.Sequential(Linear(width, rank), nn.ReLU(), Linear(rank, out_width))
 
 
-# ---------------------------------------------------------------------------------------------
-# DCRIS
-# ---------------------------------------------------------------------------------------------
+# ---- DCRIS ----------------------------------------------------------------------------------
 
 class BottleneckAdapter(nn.Module):
     """x + scale * Up(ReLU(Down(x))), (B, N, width).
@@ -174,9 +172,7 @@ class DenseCrossAdapter(nn.Module):
         return SCALE * self.up(torch.cat([others, cross], dim=1) + x)   # Eq. 2
 
 
-# ---------------------------------------------------------------------------------------------
-# BarLeRIa
-# ---------------------------------------------------------------------------------------------
+# ---- BarLeRIa -------------------------------------------------------------------------------
 
 class NormalizingFlow(nn.Module):
     """BarLeRIa Eq. 1, on a block's shortcut: an affine map, then `steps` planar flows.
@@ -318,9 +314,7 @@ def resized(tokens, grid, new_grid):
     return x.flatten(2).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------
-# ETRIS
-# ---------------------------------------------------------------------------------------------
+# ---- ETRIS ----------------------------------------------------------------------------------
 
 def pointwise_bn_relu(width, out_width, std):
     """A 1x1 convolution of patches (B, width, N); no bias, and weights that start with this std."""
@@ -369,9 +363,7 @@ class Bridge(nn.Module):
         return patches, words, (v, t)
 
 
-# ---------------------------------------------------------------------------------------------
-# Tuners of one tower at a time
-# ---------------------------------------------------------------------------------------------
+# ---- Tuners of one tower at a time ----------------------------------------------------------
 
 class KroneckerLinear(nn.Module):
     """A linear layer whose weight is the sum over i of A_i (x) B_i: 1/n of the parameters.

@@ -44,9 +44,7 @@ class WeightsError(ValueError):
     """A weight file or checkpoint that cannot be used; the message says which, what and where."""
 
 
-# ---------------------------------------------------------------------------------------------
-# The transformer block
-# ---------------------------------------------------------------------------------------------
+# ---- The transformer block ------------------------------------------------------------------
 
 def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0):
     """softmax(q k^T / sqrt(D/heads)) v for each head: q (B, N, D), k and v (B, M, D) to (B, N, D).
@@ -160,9 +158,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return linear(x, self.out_proj.weight, self.out_proj.bias)
 
 
-# ---------------------------------------------------------------------------------------------
-# The two towers
-# ---------------------------------------------------------------------------------------------
+# ---- The two towers -------------------------------------------------------------------------
 
 class ViT(nn.Module):
     """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its family.
@@ -348,9 +344,7 @@ def unfreeze(tower):
     return tower.train()
 
 
-# ---------------------------------------------------------------------------------------------
-# EVA-02's variants, families and shapes
-# ---------------------------------------------------------------------------------------------
+# ---- EVA-02's variants, families and shapes -------------------------------------------------
 
 def rotary_tables(grid, channels, device=None):
     """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
@@ -478,9 +472,7 @@ TEXT = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# Published files: their addresses, and the names of their tensors
-# ---------------------------------------------------------------------------------------------
+# ---- Published files: their addresses, and the names of their tensors -----------------------
 
 class Published(NamedTuple):
     """A file: its name, its address, and its SHA-256 where the publisher gives one."""
@@ -621,9 +613,7 @@ TEXT_LAYOUTS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------
-# Loading and fetching
-# ---------------------------------------------------------------------------------------------
+# ---- Loading and fetching -------------------------------------------------------------------
 
 def load_vision(path, image_size=None, state=None):
     """A frozen vision tower from a published file; its tensors' names tell the family.
@@ -863,9 +853,7 @@ def main():
         print(download(name))
 
 
-# ---------------------------------------------------------------------------------------------
-# Speed on CPUs
-# ---------------------------------------------------------------------------------------------
+# ---- Speed on CPUs --------------------------------------------------------------------------
 
 # PyTorch's products call MKL, which uses half of each vector unit on AMD's CPUs. oneDNN's linear
 # layer, which torch.compile uses, takes the whole. (Intel's CPUs with AVX-512 use it here, too;

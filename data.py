@@ -45,9 +45,7 @@ def reason(error):
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
-# ---------------------------------------------------------------------------------------------
-# Photos and the letterbox
-# ---------------------------------------------------------------------------------------------
+# ---- Photos and the letterbox ---------------------------------------------------------------
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)          # CLIP's, also for DINOv2, as the authors did
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -158,9 +156,7 @@ def taps(length, side, scale, shift, cubic, device):
     return index.clamp(0, length - 1).to(device), weights.to(device)
 
 
-# ---------------------------------------------------------------------------------------------
-# The two data sets: one for training, one for evaluation
-# ---------------------------------------------------------------------------------------------
+# ---- The two data sets: one for training, one for evaluation --------------------------------
 
 class Ref(NamedTuple):
     """An object in a photo: its mask, and the expressions that refer to it."""
@@ -273,9 +269,7 @@ def decode_mask(ref):
     return mask
 
 
-# ---------------------------------------------------------------------------------------------
-# The REFER reader
-# ---------------------------------------------------------------------------------------------
+# ---- The REFER reader -----------------------------------------------------------------------
 
 # {split: (refs, expressions)}. Expressions of G-Ref are as commonly reported; the other numbers
 # were counted in the refer toolkit's files.
@@ -410,9 +404,7 @@ def read_files(folder, path):
         raise DataError(f"{path}: cannot be read ({reason(error)})") from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizer
-# ---------------------------------------------------------------------------------------------
+# ---- Tokenizer ------------------------------------------------------------------------------
 
 MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -509,9 +501,7 @@ class Tokenizer:
         return tokens
 
 
-# ---------------------------------------------------------------------------------------------
-# Drawn data: scenes of figures, and expressions that refer to exactly one of them
-# ---------------------------------------------------------------------------------------------
+# ---- Drawn data: scenes of figures, and expressions that refer to exactly one of them -------
 
 # Number of corners, and radius of even and odd corners (so that all kinds look equally large).
 KINDS = {"circle": (32, 1.0, 1.0), "square": (4, 1.15, 1.15), "triangle": (3, 1.35, 1.35),
@@ -746,9 +736,7 @@ def learn_merges(texts, most=510):
     return merges
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------
 
 def check(root):
     """Prints a Markdown table that compares the data sets in ROOT with their published sizes."""

@@ -38,9 +38,7 @@ LEVELS = (50, 60, 70, 80, 90)           # of P@0.5 to P@0.9, in percent
 BAD_INPUT = (model.WeightsError, model.ConfigError, data.DataError, OSError)
 
 
-# ---------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------
+# ---- Metrics --------------------------------------------------------------------------------
 
 def probabilities(net, images, tokens, device, dtype):
     """Images, uint8 (B, 3, S, S), and token ids (B, L) to probabilities (B, S, S)."""
@@ -102,9 +100,7 @@ def metrics(table):
             "expressions": len(table)}
 
 
-# ---------------------------------------------------------------------------------------------
-# One photo
-# ---------------------------------------------------------------------------------------------
+# ---- One photo ------------------------------------------------------------------------------
 
 def predict(net, tokenizer, photo, text, device, dtype=None):
     """The mask (bool, numpy) of the object that `text` refers to, at the size of the RGB photo.
@@ -133,9 +129,7 @@ def predict_one(args, device, dtype):
           f"{args.mask}: the mask alone")
 
 
-# ---------------------------------------------------------------------------------------------
-# Whole splits and the table
-# ---------------------------------------------------------------------------------------------
+# ---- Whole splits and the table -------------------------------------------------------------
 
 def evaluate_all(args, rank, world, device, dtype):
     """Evaluates checkpoints on splits. Prints the row of a Markdown table and writes --json,
@@ -206,9 +200,7 @@ def save_json(figures, path):
         file.write(json.dumps(figures, indent=1).encode())
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
+# ---- Pictures -------------------------------------------------------------------------------
 
 def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
     """A picture of examples, evenly spaced over the data set: photo, truth, prediction."""
@@ -275,9 +267,7 @@ def save_picture(picture, path):
         picture.save(file, Image.registered_extensions().get(os.path.splitext(path)[1].lower()))
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------
 
 def add_shared_arguments(parser, precision):
     """The arguments that train.py takes as well; `precision`: the default of --precision."""
@@ -337,9 +327,7 @@ def main():
         evaluate_all(args, rank, world, device, dtype)
 
 
-# ---------------------------------------------------------------------------------------------
-# Processes, precision and errors, also for train.py
-# ---------------------------------------------------------------------------------------------
+# ---- Processes, precision and errors, also for train.py -------------------------------------
 
 @contextlib.contextmanager
 def processes():

@@ -323,9 +323,7 @@ def wrap_linears(module, wrap):
             wrap_linears(child, wrap)
 
 
-# ---------------------------------------------------------------------------------------------
-# Presets
-# ---------------------------------------------------------------------------------------------
+# ---- Presets --------------------------------------------------------------------------------
 
 # For drawn data: small and quick to train. No pretrained towers exist, so the towers learn, too.
 DRAWN = {"train_towers": True, "train_positions": False, "text": "small", "image_size": 64,
@@ -395,9 +393,7 @@ PAPER = {"full": 149.97, "fixed": 0.00, "houlsby": 1.98, "compacter": 1.62, "lor
          "barleria": 2.21}
 
 
-# ---------------------------------------------------------------------------------------------
-# Building
-# ---------------------------------------------------------------------------------------------
+# ---- Building -------------------------------------------------------------------------------
 
 # Method -> its class, and those fields of Config that it uses but some other method does not.
 METHODS = {
@@ -492,8 +488,8 @@ def check(config):
     elif method is ETRIS:
         multiple("bridge_width", of=config.bridge_heads)
         require(vision.depth % config.bridges == text.depth % config.bridges == 0,
-                f"bridges {config.bridges}: the towers have {vision.depth} and {text.depth} blocks, "
-                f"no multiples of it")
+                f"bridges {config.bridges}: the towers of {vision.depth} and {text.depth} blocks "
+                f"cannot be cut into as many parts")
     elif config.method == "compacter":
         multiple("tuner_rank", of=4)                # Kronecker factors
 
@@ -579,9 +575,7 @@ def find_published(name, path=None):
     return path
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------
 
 def tuned_tensors(model):
     """Name -> tensor of everything but the frozen parts of towers that came from a file."""
@@ -707,9 +701,7 @@ def export(checkpoint_path, out):
         file.write(safetensors.torch.save(tensors, {"ris": json.dumps(metadata)}))
 
 
-# ---------------------------------------------------------------------------------------------
-# The table of parameters
-# ---------------------------------------------------------------------------------------------
+# ---- The table of parameters ----------------------------------------------------------------
 
 def count(model):
     """Numbers of parameters: frozen, positions (`clip_positions`, if they learn), head, tuned.
@@ -757,9 +749,7 @@ def main():
         print(f"| {row['preset']} | {frozen} | {tuned} | {paper} | {positions} | {head} |")
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints of the authors' programs, DETRIS and ETRIS
-# ---------------------------------------------------------------------------------------------
+# ---- Checkpoints of the authors' programs, DETRIS and ETRIS ---------------------------------
 
 # What a tensor is called here, as a regular expression, and in their files (behind "module.").
 RELEASED_NAMES = [

@@ -671,13 +671,6 @@ def drawn_tensors(shapes, layers):
     return {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
 
 
-def drawn_tensors(shapes, layers):
-    """Random tensors of these shapes, and a weight and a bias for each of the layers."""
-    for name, shape in layers.items():
-        shapes = {**shapes, f"{name}weight": shape, f"{name}bias": shape[:1]}
-    return {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
-
-
 def dinov2_state(width=128, depth=2, patch=14, grid=5):
     """Random tensors under the official names and in the official shapes."""
     one, square, up = (width,), (width, width), (4 * width, width)
@@ -1913,7 +1906,8 @@ class Hostile(unittest.TestCase):
                 ("photo", encoded("RGB", (64, 64), "JPEG", 400), "cannot be read as an image"),
                 ("photo", encoded("F", (64, 64), "TIFF"), "more than 8 bits"),
                 ("photo", encoded("1", (30_000, 30_000), "PNG"), "exceeds limit"),
-                ("photo", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "cannot be read as an image")):
+                ("photo", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
+                 "cannot be read as an image")):
             with self.subTest(which=which, message=message):
                 self.spoil(which, change)
                 before = set(self.root.rglob("*"))
