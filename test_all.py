@@ -2137,7 +2137,7 @@ class Evaluating(unittest.TestCase):
                 (["--ckpt", place / "cut.pt"], "cut.pt: not a readable"),
                 (["--split", "testC"], "no split 'testC'; found"), (one[2:], "one photo takes"),
                 (["--dataset", "mixed"], "choose one to evaluate it on"),
-                (["--split", "val", "--workers", 1], f"{self.last.image}: not an image"),
+                (["--split", "val", "--workers", 1], f"{self.last.image}: cannot be read"),
                 (["--json", self.ckpt], "net.pt is an input"), (["--json", "/dev/null"], "not a f"),
                 (["--length", 99], "from 3 to 77"), (["--flag"], "arguments: --flag; --help"),
                 ([*one, "--image", self.last.image], "cannot be read as an image"),
