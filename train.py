@@ -43,6 +43,7 @@ import torch.nn as nn
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import benchmark
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -73,14 +74,15 @@ class Progress:
 class Trainer:
     """A model, its optimizer and its progress."""
 
-    def __init__(self, net, config, seed, rank, world, device, dtype, micro_batches):
-        self.net, self.device, self.dtype = net, device, dtype
-        self.seed, self.rank, self.world, self.micro_batches = seed, rank, world, micro_batches
+    def __init__(self, net, lr, seed, batches, device, dtype, path=None, metadata=None):
+        self.net, self.seed, self.batches = net, seed, batches
+        self.rank, self.world, self.device, self.dtype = batches.rank, batches.world, device, dtype
+        self.path, self.metadata = path, metadata       # of last.pt
         learned = [p for p in net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(learned, lr=config.lr, fused=True)
+        self.optimizer = torch.optim.Adam(learned, lr=lr, fused=True)
         # Small gradients vanish in float16: it scales the loss, and skips steps that overflow.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self.parallel = distribute(net, world, device)
+        self.parallel = distribute(net, self.world, device)
         self.progress = Progress()
         self.unread = []        # loss, number of skipped refs, and refs of steps since `read`
 
@@ -90,16 +92,17 @@ class Trainer:
         # Dropout depends on the place in the run alone, so a resumed run repeats it.
         torch.manual_seed((self.seed * 100_003 + progress.epoch) * 1009 + self.rank
                           + 104_729 * progress.step)
-        for i in range(self.micro_batches):
+        for i in range(self.batches.micro_batches):
             batch = next(samples)
             images, tokens, masks = (batch[key].to(self.device, non_blocking=True)
                                      for key in ("image", "tokens", "mask"))
             # Gradients are averaged over processes only once, after the last micro-batch.
-            local = self.world > 1 and i + 1 < self.micro_batches
+            local = self.world > 1 and i + 1 < self.batches.micro_batches
             with self.parallel.no_sync() if local else contextlib.nullcontext():
                 with evaluate.autocast(self.device, self.dtype):
                     logits = self.parallel(data.normalise(images), tokens)      # (B, 1, h, w)
-                share = loss.text_to_pixel_loss(logits, masks / 255) / self.micro_batches
+                mean = loss.text_to_pixel_loss(logits, masks / 255)
+                share = mean / self.batches.micro_batches
                 self.scaler.scale(share).backward()
             total += share.detach().double()
             skipped += int(batch["skipped"].sum())
@@ -128,21 +131,20 @@ class Trainer:
                 batch = sum(evaluate.from_all(batch, self.world), [])
                 raise model.ConfigError(
                     f"the loss is {value} in epoch {self.progress.epoch} with refs "
-                    f"{', '.join(batch)}; last.pt, if saved, is from before; try a lower --lr "
-                    f"with another --out, or look for what is odd in the data")
+                    f"{', '.join(batch)}; {self.path}, if saved, is from before; try a lower "
+                    f"--lr in another --out, or look for what is odd in the data")
             self.progress.loss += value
         self.progress.skipped += int(skipped)
         return signals > 0
 
-    def epoch(self, loader, batches, save, save_every, name):
+    def epoch(self, loader, save_every, name):
         """Trains to the end of the current epoch, from the step where the progress is.
 
-        Calls `save` at the end and every `save_every` steps. SystemExit, after `save`, if a process
-        got a signal.
+        Saves at the end and every `save_every` steps. SystemExit, saved, if a process got a signal.
         """
         progress = self.progress
-        batches.epoch, batches.step = progress.epoch, progress.step
-        steps = progress.step + len(batches) // self.micro_batches
+        self.batches.epoch, self.batches.step = progress.epoch, progress.step
+        steps = progress.step + len(self.batches) // self.batches.micro_batches
         read_every = 1 if self.device.type == "cpu" else 10         # reading makes a GPU idle
         stop, samples = False, iter(loader)
         begun = time.monotonic() - progress.seconds
@@ -158,26 +160,25 @@ class Trainer:
                     progress.seconds = time.monotonic() - begun
                     bar.set_postfix(loss=f"{progress.loss / progress.step:.4f}", refresh=False)
                 if to_save or stop:
-                    save()
+                    self.save()
             # Also for signals since the last reading. No process leaves before the first has saved.
             if any(evaluate.from_all(stop or bool(received), self.world)):
                 sys.exit(128 + (received or [signal.SIGTERM])[0])
 
-    def save(self, path, **metadata):
-        """Writes a checkpoint from which the run can continue. Raises OSError."""
+    def save(self):
+        """Writes last.pt, from which `restore` continues. Raises OSError."""
         if self.rank == 0:
-            model.save(path, self.net, **metadata, progress=asdict(self.progress),
+            model.save(self.path, self.net, **self.metadata, progress=asdict(self.progress),
                        optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
-    def restore(self, path, checkpoint):
+    def restore(self, checkpoint):
         """Restores progress and optimizer. WeightsError if the checkpoint does not have them."""
         try:
             self.progress = Progress(**checkpoint["progress"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise model.WeightsError(f"{path}: not the last.pt of this run (no usable progress or "
-                                     f"optimizer: {error!r}); --out DIR starts a new run") from None
+            raise model.WeightsError(f"{self.path}: not this run's last.pt, {error!r}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,46 +187,34 @@ class Trainer:
 
 def train(args, config, init, rank, world, device):
     """The whole run, in each process. `init`: that of `load_init`, or None."""
-    micro_batches, micro = divide_batch(config.batch_size, args.micro_batch, world)
     dtype = evaluate.precision_type(args.precision, device)
     out = Path(args.out or f"runs/{args.preset}")
-    towers = find_towers(args, config, init)
     if rank == 0:
         lock_folder(out)
-        draw_if_missing(args)
-    if world > 1:
-        dist.barrier()
-    tokenizer, train_set, val_set = load_data(args, config, init, rank)
+    tokenizer, train_set, val_set = load_data(args, config, init, rank, world)
+    batches = GlobalBatches(len(train_set), config.batch_size, args.micro_batch, rank, world,
+                            args.seed)
     run = {"preset": args.preset, "dataset": args.dataset, "refs": len(train_set),
            "keep_leaks": args.keep_leaks, "skip_broken": args.skip_broken, "seed": args.seed,
            "precision": str(dtype or torch.float32), "init": init and model.sha256(init[0]),
            "vocabulary": hashlib.sha256(tokenizer.text.encode()).hexdigest()}
     vocabulary = {} if config.text in model.PUBLISHED else {"text": tokenizer.text}
     metadata = {"run": run, "vocabulary": vocabulary}
-
-    checkpoint = read_last(out, config, run)
+    checkpoint = read_last(out / "last.pt", config, run)
     torch.manual_seed(args.seed)
+    net = load_net(args, config, init, out / "last.pt", checkpoint).to(device)
+    trainer = Trainer(net, config.lr, args.seed, batches, device, dtype, out / "last.pt", metadata)
     if checkpoint:
-        net = model.load(out / "last.pt", args.vision_weights, args.text_weights, checkpoint)
-    else:
-        net = model.build(config, *towers, init)
-    trainer = Trainer(net.to(device), config, args.seed, rank, world, device, dtype, micro_batches)
-    if checkpoint:
-        trainer.restore(out / "last.pt", checkpoint)
+        trainer.restore(checkpoint)
         del checkpoint                  # frees the second copy of weights and optimizer
-    progress = trainer.progress
-    batches = GlobalBatches(len(train_set), config.batch_size, micro, rank, world, args.seed)
     loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
-
-    def save():
-        trainer.save(out / "last.pt", **metadata)
-
+    progress = trainer.progress
     for epoch in range(progress.epoch, config.epochs + 1):
         lr = config.lr * 0.1 ** sum(epoch > end for end in config.milestones)
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
-        trainer.epoch(loader, batches, save, args.save_every, f"epoch {epoch}/{config.epochs}")
+        trainer.epoch(loader, args.save_every, f"epoch {epoch}/{config.epochs}")
 
         begun = time.monotonic()
         table = evaluate.overlaps(net, val_set, device, None, config.batch_size, args.workers,
@@ -250,51 +239,51 @@ def train(args, config, init, rank, world, device):
             evaluate.save_picture(evaluate.panel(net, val_set, device), out / "val.png")
         trainer.progress = progress = Progress(
             epoch + 1, best=max(progress.best, found["miou"]), rows=rows)
-        save()
+        trainer.save()
     if rank == 0:
         print(f"{out}: finished after epoch {config.epochs}, best mIoU on val {progress.best:.2f}; "
               f"--out DIR starts another run")
 
 
-def find_towers(args, config, init):
-    """The paths of both towers' files, None for a tower without a file.
+def load_net(args, config, init, path, checkpoint):
+    """The network of last.pt, or at the start of a run one of tower files or of --init.
 
-    Raises ConfigError for a frozen tower without weights, FileNotFoundError for a missing file.
+    Raises ConfigError for a frozen tower without weights, WeightsError, OSError.
     """
+    if checkpoint:
+        return model.load(path, args.vision_weights, args.text_weights, checkpoint)
     if init or args.random_towers:
-        return None, None
-    paths = model.find_weights(config, args.vision_weights, args.text_weights)
-    if None in paths and not config.towers_learn:
+        return model.build(config, init=init)
+    towers = model.find_weights(config, args.vision_weights, args.text_weights)
+    if None in towers and not config.towers_learn:
         raise model.ConfigError(
             f"preset {args.preset} freezes its towers, but there is no file of one: --init CKPT "
             f"takes both from a trained run such as runs/shapes/best.pt")
-    return paths
+    return model.build(config, *towers)
 
 
-def draw_if_missing(args):
-    """Draws the data set if it is a drawn one and its folder does not exist."""
+def load_data(args, config, init, rank, world):
+    """The tokenizer, the training samples, and the expressions of val. Draws a missing drawn set.
+
+    The vocabulary is CLIP's for a published text tower, that of the run in --init, or else the
+    data set's. Raises ConfigError, DataError, OSError.
+    """
     folder = Path(args.data) / args.dataset
-    if args.dataset in data.DOMAINS and not folder.exists():
+    if rank == 0 and args.dataset in data.DOMAINS and not folder.exists():
         try:
             data.draw_shapes(args.data, name=args.dataset)
         except OSError:
             if not folder.exists():     # otherwise another run has drawn it at the same time
                 raise
-
-
-def load_data(args, config, init, rank):
-    """The tokenizer, the training samples, and the expressions of val.
-
-    The vocabulary is CLIP's for a published text tower, that of the run in --init, or else the
-    data set's. Raises ConfigError, DataError, OSError.
-    """
+    if world > 1:
+        dist.barrier()
     vocabulary = args.vocabulary
     if not vocabulary and init is not None:
         vocabulary = init[1]["vocabulary"]["text"].encode()
     elif not vocabulary and config.text in model.PUBLISHED:
         vocabulary = model.find_published("vocabulary")
     elif not vocabulary:
-        vocabulary = Path(args.data) / args.dataset / "merges.txt"
+        vocabulary = folder / "merges.txt"
         if not vocabulary.is_file():
             raise FileNotFoundError(f"{vocabulary}: no such file; the text tower {config.text!r} "
                                     f"needs a vocabulary of the data: --vocabulary FILE")
@@ -332,17 +321,23 @@ class GlobalBatches:
     """This process's share of every global batch, as lists of (epoch, index).
 
     One permutation an epoch, from seed and epoch alone, is cut into global batches; every process
-    takes an equal slice of each, in micro-batches of `micro` samples. The incomplete last batch is
-    dropped. Before each pass set `epoch`, and `step`, the number of batches to leave out.
+    takes an equal slice of each, in `micro_batches` of `micro` samples. The incomplete last batch
+    is dropped. Before each pass set `epoch`, and `step`, the number of batches to leave out.
     """
 
     def __init__(self, samples, batch, micro, rank, world, seed):
-        self.samples, self.batch, self.micro, self.seed = samples, batch, micro, seed
-        self.rank, self.local = rank, batch // world
+        local = batch // world
+        self.micro = min(micro or local, local)
+        if batch % world or local % self.micro:
+            raise model.ConfigError(
+                f"batch_size {batch} cannot be divided into equal shares of {world} process(es), "
+                f"each in micro-batches of {self.micro}; change --batch-size or --micro-batch")
+        self.samples, self.batch, self.local, self.seed = samples, batch, local, seed
+        self.rank, self.world, self.micro_batches = rank, world, local // self.micro
         self.epoch, self.step = 1, 0
 
     def __len__(self):
-        return (self.samples // self.batch - self.step) * (self.local // self.micro)
+        return (self.samples // self.batch - self.step) * self.micro_batches
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
@@ -351,21 +346,6 @@ class GlobalBatches:
             first = start + self.rank * self.local
             for i in range(first, first + self.local, self.micro):
                 yield [(self.epoch, index) for index in order[i:i + self.micro]]
-
-
-def divide_batch(batch, micro, world):
-    """The number of micro-batches, and their samples, in one process's share of a global batch.
-
-    Raises ConfigError if a division leaves a rest.
-    """
-    if batch % world:
-        raise model.ConfigError(f"batch_size {batch} cannot be shared by {world} processes equally")
-    local = batch // world
-    micro = min(micro or local, local)
-    if local % micro:
-        raise model.ConfigError(f"--micro-batch {micro} does not divide a process's share of the "
-                                f"batch, {local}")
-    return local // micro, micro
 
 
 def distribute(net, world, device):
@@ -400,10 +380,10 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 def batch_norm_over_processes(layer, x):
-    """The forward pass of a BatchNorm layer by statistics over all processes' equal batches.
+    """Batch normalisation of x (B, C, ...) with statistics over all processes' equal batches.
 
-    x: (B, C, ...); returns the same shape. One exchange carries mean and mean square. Their
-    difference costs digits only where means are many deviations from 0 (in these models 2 to 5).
+    Mean and mean square travel in one exchange. Their difference is exact enough, as means are
+    within 6 standard deviations of 0 in these models.
     """
     if not layer.training:
         return type(layer).forward(layer, x)
@@ -441,16 +421,12 @@ def lock_folder(out):
         pass
 
 
-def read_last(out, config, run):
-    """The checkpoint OUT/last.pt, or None if there is none.
+def read_last(path, config, run):
+    """The checkpoint last.pt, or None if there is none.
 
     Raises ConfigError if its configuration or `run` differs, WeightsError if it is damaged.
     """
-    path = out / "last.pt"
     if not path.exists():
-        if (out / "best.pt").exists():
-            raise FileExistsError(f"{out} holds a best.pt, but no last.pt to continue from; "
-                                  f"--out DIR starts a new run")
         return None
     checkpoint = model.read_checkpoint(path)
     before = {**asdict(checkpoint["config"]), **checkpoint["run"]}
@@ -547,16 +523,12 @@ def parse_arguments():
     for wrong, message in (
             (args.dataset is None and not args.bench,
              f"--preset {args.preset} needs --dataset NAME"),
-            (min(args.workers, args.micro_batch, args.save_every) < 0 or args.rounds < 1,
+            (min(args.workers, args.micro_batch, args.save_every, args.rounds - 1) < 0,
              "--workers, --micro-batch and --save-every are at least 0, --rounds at least 1"),
-            (not 0 <= args.seed < 2**31, "--seed is from 0 to 2147483647"),
             (args.init and (args.random_towers or args.vision_weights or args.text_weights
                             or args.vocabulary),
              "--init brings towers and vocabulary; leave --random-towers, --vision-weights, "
-             "--text-weights and --vocabulary away"),
-            (args.bench and (args.out or args.save_every),
-             "--bench does not train; leave --out and --save-every away"),
-            (args.json and not args.bench, "--json is for --bench; a run writes log.jsonl")):
+             "--text-weights and --vocabulary away")):
         if wrong:
             parser.error(message)
     return args
@@ -598,34 +570,33 @@ def bench(args, config, init, rank, world, device):
     JSON if asked to. `share`: of the faster of two ways to multiply large matrices.
     """
     dtype = evaluate.precision_type(args.precision, device)
-    micro_batches, micro = divide_batch(config.batch_size, args.micro_batch, world)
     torch.manual_seed(args.seed)
-    trainer = Trainer(model.build(config).to(device), config, args.seed, rank, world, device,
-                      dtype, micro_batches)
-    batch = random_batch(config, micro, device)
-    images, tokens = data.normalise(batch["image"].to(device)), batch["tokens"].to(device)
-    # CPUs without AVX-512 multiply large matrices of half precision in minutes.
-    slow = device.type == "cpu" and dtype and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    side = 256 if slow else 4096
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    batches = GlobalBatches(0, config.batch_size, args.micro_batch, rank, world, args.seed)
+    trainer = Trainer(model.build(config).to(device), config.lr, args.seed, batches, device, dtype)
+    batch = random_batch(config, batches.micro, device)
 
     def forward():
         trainer.net.eval()
         with torch.no_grad(), evaluate.autocast(device, dtype):
-            trainer.net(images, tokens)
+            trainer.net(data.normalise(batch["image"]), batch["tokens"])
 
     def step():
         trainer.net.train()
-        trainer.step(iter([batch] * micro_batches))
+        trainer.step(iter([batch] * batches.micro_batches))
 
+    for _ in range(2):                  # the first makes Adam's moments
+        step()
+    memory = peak_memory_gb(device)
+    # CPUs without AVX-512 multiply large matrices of half precision in minutes.
+    slow = device.type == "cpu" and dtype and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    side = 256 if slow else 4096
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     work = {"forward": forward, "step": step, "product": lambda: left @ right,
             "linear": lambda: backbones.linear(left, right)}
-    step()                              # makes Adam's moments
-    step()
-    memory = peak_memory_gb(device)
     # The counter knows neither oneDNN's linear layer nor fused attention on CPUs.
     counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
-    gflop, seconds = {"product": 2e-9 * side**3, "linear": 2e-9 * side**3}, {}
+    gflop = dict.fromkeys(("product", "linear"), 2e-9 * side**3)
+    seconds = {name: [] for name in work}
     for name in ("forward", "step"):
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
         with plain, FlopCounterMode(display=False, custom_mapping=counts) as counter:
@@ -635,88 +606,57 @@ def bench(args, config, init, rank, world, device):
         for name, action in work.items():
             if world > 1:
                 dist.barrier()
-            begun = wait_for(device)
+            begun = benchmark.timer()           # waits for a GPU
             action()
-            seconds.setdefault(name, []).append(wait_for(device) - begun)
+            seconds[name].append(benchmark.timer() - begun)
     # The first round warms up.
     seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     speed = {name: gflop[name] / seconds[name] for name in work}
     found = {"preset": args.preset, "image_size": config.image_size, "length": config.length,
-             "batch": config.batch_size, "micro_batch": micro, "processes": world,
+             "batch": config.batch_size, "micro_batch": batches.micro, "processes": world,
              "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "product_side": side, "product_gflops": speed["product"],
-             "linear_gflops": speed["linear"], "peak_memory_gb": memory}
-    for name, samples in (("forward", micro), ("step", micro * micro_batches)):
-        found[name] = {"seconds_per_image": seconds[name] / (samples * world),
-                       "images_per_s": samples * world / seconds[name],
-                       "gflop_per_image": gflop[name] / samples,
-                       "share": speed[name] / max(speed["product"], speed["linear"])}
+             "peak_memory_gb": memory, "product_side": side,
+             **{f"{name}_gflops": speed[name] for name in work}}
+    for name, samples in (("forward", batches.micro), ("step", batches.local)):
+        found |= {f"{name}_seconds_per_image": seconds[name] / (samples * world),
+                  f"{name}_images_per_s": samples * world / seconds[name],
+                  f"{name}_gflop_per_image": gflop[name] / samples,
+                  f"{name}_share": speed[name] / max(speed["product"], speed["linear"])}
     if rank == 0:
         found["loader_images_per_s"] = loader_speed(config)
-        show_speed(found)
+        print("| figure | value |\n|---|---:|")
+        for name, value in found.items():
+            print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         if args.json:
             evaluate.save_json(found, args.json)
 
 
-def wait_for(device):
-    """The time in seconds, when the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def random_batch(config, samples, device):
-    """A batch as the loader makes them, of random numbers."""
-    size, vocabulary = config.image_size, model.TEXT[config.text].vocabulary
-    tokens = torch.randint(1, vocabulary - 2, (samples, config.length))
-    tokens[:, 0], tokens[:, -1] = vocabulary - 2, vocabulary - 1        # start and end
-    batch = {"tokens": tokens, "image": torch.randint(256, (samples, 3, size, size)).byte(),
-             "mask": torch.randint(256, (samples, 1, size, size)).byte()}
-    if device.type == "cuda":
-        batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
-    return {**batch, "skipped": torch.zeros(samples), "ref": samples * ["random"]}
+    """A batch as the loader makes them, of random numbers, on the device."""
+    size, end = config.image_size, model.TEXT[config.text].vocabulary - 1
+    tokens = torch.randint(1, end, (samples, config.length), device=device)
+    tokens[:, -1] = end
+    image = torch.randint(256, (samples, 3, size, size), device=device).byte()
+    return {"image": image, "tokens": tokens, "mask": image[:, :1], "ref": samples * ["random"],
+            "skipped": torch.zeros(samples)}
 
 
 def loader_speed(config, rounds=100):
-    """Samples a second that one process of the loader makes of a JPEG photo of 640x480 pixels."""
-    threads, times = torch.get_num_threads(), []
-    torch.set_num_threads(1)            # as in a loader's process
+    """Samples a second that a loader's process makes of a JPEG photo of 640x480 pixels."""
     with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder, "photo.jpg")
         coarse, grain = (Image.frombytes("RGB", size, os.urandom(3 * size[0] * size[1]))
                          for size in ((80, 60), (640, 480)))
         smooth = coarse.resize(grain.size, Image.Resampling.BICUBIC)
-        Image.blend(smooth, grain, 0.2).save(Path(folder, "photo.jpg"), quality=90)
-        square = [200, 100, 440, 100, 440, 340, 200, 340]
-        ref = data.Ref(id=0, image_id=0, image=Path(folder, "photo.jpg"), width=640, height=480,
-                       segmentation=[square], sentences=("the thing in the middle",))
+        Image.blend(smooth, grain, 0.2).save(photo, quality=90)
+        ref = data.Ref(id=0, image_id=0, image=photo, width=640, height=480, sentences=("a",),
+                       segmentation=[[200, 100, 440, 100, 440, 340, 200, 340]])
         dataset = data.TrainSet([ref], lambda texts, length: torch.zeros(1, length).long(),
                                 config.image_size, config.length)
-        for epoch in range(rounds):
-            begun = time.perf_counter()
-            dataset[epoch, 0]
-            times.append(time.perf_counter() - begun)
-    torch.set_num_threads(threads)
-    return 1 / statistics.median(times)
-
-
-def show_speed(found):
-    """Prints the benchmark's figures as Markdown."""
-    print(f"{found['preset']}, {found['image_size']} pixels, {found['length']} tokens, batch "
-          f"{found['batch']} ({found['micro_batch']} at once), {found['precision']}, "
-          f"{found['device']}, {found['processes']} process(es) of {found['threads']} thread(s)\n")
-    print(evaluate.table_row("", "s per image", "images/s", "GFLOP per image", "share"))
-    print("|---|---:|---:|---:|---:|")
-    for name in ("forward", "step"):
-        row = found[name]
-        print(evaluate.table_row(name, f"{row['seconds_per_image']:.4f}", row["images_per_s"],
-                                 f"{row['gflop_per_image']:.1f}", f"{100 * row['share']:.0f}%"))
-    side = found["product_side"]
-    print(f"\nproduct of two {side}x{side} matrices: {found['product_gflops']:.0f} GFLOP/s a "
-          f"process by PyTorch's matmul, {found['linear_gflops']:.0f} by backbones.linear"
-          f"\npeak memory: {found['peak_memory_gb']:.2f} GB a process"
-          f"\nloader: {found['loader_images_per_s']:.0f} JPEG photos of 640x480/s a process")
+        timer = benchmark.Timer("dataset[0, 0]", globals={"dataset": dataset})  # one thread
+        return 1 / timer.timeit(rounds).mean
 
 
 def peak_memory_gb(device):
