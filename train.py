@@ -34,7 +34,7 @@ import tempfile
 import time
 import typing
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -88,21 +88,21 @@ class Trainer:
 
     def step(self, samples):
         """One optimization step on the next `micro_batches` of `samples`, a loader's iterator."""
-        progress, total, skipped, refs = self.progress, 0.0, 0, []
+        progress, micro_batches = self.progress, self.batches.micro_batches
+        total, skipped, refs = 0.0, 0, []
         # Dropout depends on the place in the run alone, so a resumed run repeats it.
         torch.manual_seed((self.seed * 100_003 + progress.epoch) * 1009 + self.rank
                           + 104_729 * progress.step)
-        for i in range(self.batches.micro_batches):
+        for i in range(micro_batches):
             batch = next(samples)
             images, tokens, masks = (batch[key].to(self.device, non_blocking=True)
                                      for key in ("image", "tokens", "mask"))
             # Gradients are averaged over processes only once, after the last micro-batch.
-            local = self.world > 1 and i + 1 < self.batches.micro_batches
+            local = self.world > 1 and i + 1 < micro_batches
             with self.parallel.no_sync() if local else contextlib.nullcontext():
                 with evaluate.autocast(self.device, self.dtype):
                     logits = self.parallel(data.normalise(images), tokens)      # (B, 1, h, w)
-                mean = loss.text_to_pixel_loss(logits, masks / 255)
-                share = mean / self.batches.micro_batches
+                share = loss.text_to_pixel_loss(logits, masks / 255) / micro_batches
                 self.scaler.scale(share).backward()
             total += share.detach().double()
             skipped += int(batch["skipped"].sum())
@@ -186,7 +186,7 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------
 
 def train(args, config, init, rank, world, device):
-    """The whole run, in each process. `init`: that of `load_init`, or None."""
+    """The whole run, in each process. `init`: (path, checkpoint) of --init, or None."""
     dtype = evaluate.precision_type(args.precision, device)
     out = Path(args.out or f"runs/{args.preset}")
     if rank == 0:
@@ -200,10 +200,14 @@ def train(args, config, init, rank, world, device):
            "vocabulary": hashlib.sha256(tokenizer.text.encode()).hexdigest()}
     vocabulary = {} if config.text in model.PUBLISHED else {"text": tokenizer.text}
     metadata = {"run": run, "vocabulary": vocabulary}
-    checkpoint = read_last(out / "last.pt", config, run)
     torch.manual_seed(args.seed)
-    net = load_net(args, config, init, out / "last.pt", checkpoint).to(device)
-    trainer = Trainer(net, config.lr, args.seed, batches, device, dtype, out / "last.pt", metadata)
+    last, checkpoint = out / "last.pt", None
+    if last.exists():
+        checkpoint = read_same_run(last, config, run)
+        net = model.load(last, args.vision_weights, args.text_weights, checkpoint).to(device)
+    else:
+        net = build_net(args, config, init).to(device)
+    trainer = Trainer(net, config.lr, args.seed, batches, device, dtype, last, metadata)
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint                  # frees the second copy of weights and optimizer
@@ -245,13 +249,8 @@ def train(args, config, init, rank, world, device):
               f"--out DIR starts another run")
 
 
-def load_net(args, config, init, path, checkpoint):
-    """The network of last.pt, or at the start of a run one of tower files or of --init.
-
-    Raises ConfigError for a frozen tower without weights, WeightsError, OSError.
-    """
-    if checkpoint:
-        return model.load(path, args.vision_weights, args.text_weights, checkpoint)
+def build_net(args, config, init):
+    """The network at the start of a run. ConfigError for a frozen tower without weights."""
     if init or args.random_towers:
         return model.build(config, init=init)
     towers = model.find_weights(config, args.vision_weights, args.text_weights)
@@ -277,16 +276,14 @@ def load_data(args, config, init, rank, world):
                 raise
     if world > 1:
         dist.barrier()
-    vocabulary = args.vocabulary
-    if not vocabulary and init is not None:
+    if args.vocabulary:
+        vocabulary = args.vocabulary
+    elif init:
         vocabulary = init[1]["vocabulary"]["text"].encode()
-    elif not vocabulary and config.text in model.PUBLISHED:
+    elif config.text in model.PUBLISHED:
         vocabulary = model.find_published("vocabulary")
-    elif not vocabulary:
+    else:
         vocabulary = folder / "merges.txt"
-        if not vocabulary.is_file():
-            raise FileNotFoundError(f"{vocabulary}: no such file; the text tower {config.text!r} "
-                                    f"needs a vocabulary of the data: --vocabulary FILE")
     tokenizer = evaluate.make_tokenizer(vocabulary, config)
     refs, broken = data.read_split(args.data, args.dataset, "train", args.skip_broken,
                                    args.keep_leaks)
@@ -294,23 +291,10 @@ def load_data(args, config, init, rank, world):
     if len(refs) < config.batch_size:
         raise model.ConfigError(f"batch_size {config.batch_size}, but only {len(refs)} refs")
     if broken and rank == 0:
-        print(f"{broken} broken entries left out of train, val and all other splits",
-              file=sys.stderr)
+        print(f"{broken} broken entries left out of all splits", file=sys.stderr)
     size = config.image_size, config.length
     return (tokenizer, data.TrainSet(refs, tokenizer, *size, args.seed, args.skip_broken),
             data.ExpressionSet(val_refs, tokenizer, *size, args.skip_broken))
-
-
-def load_init(path):
-    """(path, checkpoint) of a run on drawn data: its towers came from no file, so it holds them.
-
-    Raises ConfigError for any other, WeightsError, OSError.
-    """
-    checkpoint = model.read_checkpoint(path)
-    if "text" not in checkpoint["vocabulary"] or any(checkpoint["towers"].values()):
-        raise model.ConfigError(f"{path}: not a run on drawn data; --init takes the towers and the "
-                                f"vocabulary of one, such as runs/shapes/best.pt")
-    return path, checkpoint
 
 
 # ---------------------------------------------------------------------------------------------
@@ -421,13 +405,8 @@ def lock_folder(out):
         pass
 
 
-def read_last(path, config, run):
-    """The checkpoint last.pt, or None if there is none.
-
-    Raises ConfigError if its configuration or `run` differs, WeightsError if it is damaged.
-    """
-    if not path.exists():
-        return None
+def read_same_run(path, config, run):
+    """The checkpoint last.pt. Raises ConfigError if it is of another run, WeightsError, OSError."""
     checkpoint = model.read_checkpoint(path)
     before = {**asdict(checkpoint["config"]), **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
@@ -537,14 +516,19 @@ def parse_arguments():
 def configuration(args, init):
     """The preset's configuration with the fields that were given.
 
-    The length depends on the data set. The towers of --init bring their names, and are frozen.
+    The length depends on the data set. The towers of `init` bring their names, and are frozen.
+    Raises ConfigError.
     """
-    overrides = {f.name: getattr(args, f.name) for f in fields(model.Config)
-                 if getattr(args, f.name) is not None}
+    overrides = {name: value for name, value in vars(args).items()
+                 if name in asdict(model.PRESETS[args.preset]) and value is not None}
     if args.dataset in data.LENGTHS:
         overrides.setdefault("length", data.LENGTHS[args.dataset])
-    if init is not None:
-        towers = init[1]["config"]
+    if init:
+        path, checkpoint = init
+        if "text" not in checkpoint["vocabulary"] or any(checkpoint["towers"].values()):
+            raise model.ConfigError(f"{path}: not a run on drawn data; --init takes the towers and "
+                                    f"the vocabulary of one, such as runs/shapes/best.pt")
+        towers = checkpoint["config"]
         overrides = {"vision": towers.vision, "text": towers.text, "train_towers": False,
                      **overrides}
     return model.configure(args.preset, **overrides)
@@ -554,7 +538,7 @@ def main():
     keep_memory()
     with evaluate.processes() as (rank, world, device):
         args = parse_arguments()
-        init = load_init(args.init) if args.init else None
+        init = (args.init, model.read_checkpoint(args.init)) if args.init else None
         action = bench if args.bench else train
         action(args, configuration(args, init), init, rank, world, device)
 
