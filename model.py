@@ -602,7 +602,7 @@ def replacing(path, previous=None):
         os.replace(temporary, path)
     except (OSError, ValueError, RuntimeError) as error:
         # torch.save turns the OSError of a full disk into a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+        cause = error.__context__ or error if isinstance(error, RuntimeError) else error
         reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"{path}: could not be written: {reason}") from error
     finally:

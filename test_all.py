@@ -2154,364 +2154,383 @@ class Evaluating(unittest.TestCase):
 
 
 class Runs(unittest.TestCase):
-    """The programs, as a user starts them, on a few drawn scenes."""
+    """train.py, as a user starts it, on a few drawn scenes: alone, and where it is disturbed."""
+    SCENES = {"train": 24, "val": 4, "test": 1}         # six steps an epoch
 
     @classmethod
     def setUpClass(cls):
-        cls.place = tempfile.TemporaryDirectory()
-        cls.root = Path(cls.place.name)
-        data.draw_shapes(cls.root / "data", TINY)
-        cls.small = [*SMALL_RUN, "--data", cls.root / "data"]
-        cls.first = program(train, *cls.small, "--out", cls.root / "first")
+        place = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(place.cleanup)
+        cls.root = Path(place.name)
+        data.draw_shapes(cls.root / "data", cls.SCENES)
+        # With dropout, which must draw the same numbers again.
+        cls.options = [*SMALL_RUN, "--dropout", "0.1", "--save-every", "2"]
+        cls.command = [*cls.options, "--data", cls.root / "data"]
+        for world in (1, 2):
+            cls.printed = cls.run_out(f"whole{world}", None, world)
 
     @classmethod
-    def tearDownClass(cls):
-        cls.place.cleanup()
+    def run_out(cls, out, trick=None, world=1, *more):
+        """A run in ROOT/OUT: its exit statuses, and the lines it printed but for progress."""
+        return cls.finish(begin(cls.root, [*cls.command, "--out", cls.root / out, *more],
+                                 trick, world))
 
-    def log(self, name):
-        return [json.loads(line) for line in (self.root / name / "log.jsonl").open()]
+    @classmethod
+    def finish(cls, children):
+        for child in children:
+            child.join(60)
+            hung = child.exitcode is None
+            child.kill()
+            child.join()
+            if hung:
+                raise AssertionError("a process hangs")
+        printed = "".join((cls.root / f"{rank}.txt").read_text().replace("\r", "\n")
+                          for rank in range(len(children)))
+        lines = [line for line in printed.splitlines()
+                 if line.strip() and not re.match(r"(epoch|drawing|validating)", line)]
+        return [child.exitcode for child in children], lines
 
-    def test_a_run_leaves_what_it_should(self):
-        status, out, err = self.first
-        self.assertEqual(status, 0, err)
-        names = {path.name for path in (self.root / "first").iterdir()
-                 if not path.name.startswith("events.")}
-        self.assertEqual(names, {".lock", "log.jsonl", "last.pt", "previous.pt", "best.pt",
-                                 "val.png", "curves.png"})
-        rows = self.log("first")
-        self.assertEqual([row["epoch"] for row in rows], [1, 2])
-        self.assertEqual([row["lr"] for row in rows], [1e-3, 1e-4])
-        self.assertEqual(set(rows[0]), {"epoch", "loss", "lr", "miou", "oiou", "p50",
-                                        "images_per_s", "peak_memory_gb", "seconds"})
-        for name in ("val.png", "curves.png"):
-            with Image.open(self.root / "first" / name) as picture:
-                self.assertGreater(np.asarray(picture).std(), 5)
+    def log(self, out):
+        return [json.loads(line) for line in (self.root / out / "log.jsonl").open()]
 
-    def test_evaluation_finds_the_logged_figures(self):
-        out = self.root / "figures.json"
-        ckpt = self.root / "first" / "last.pt"
-        status, printed, err = program(evaluate, "--ckpt", ckpt, "--data", self.root / "data",
-                                       "--split", "val", "test", "--json", out, "--batch-size", 8,
-                                       "--panel", self.root / "panel.png")
-        self.assertEqual(status, 0, err)
-        figures = json.loads(out.read_text())[str(ckpt)]
-        self.assertEqual(set(figures), {"val", "test"})
-        row = self.log("first")[-1]
-        for key in ("miou", "oiou", "p50"):
-            self.assertEqual(figures["val"][key], row[key])
-        self.assertIn("mIoU", printed)
-        self.assertEqual(printed.count("last.pt"), 2)
-        self.assertTrue((self.root / "panel.png").exists())
+    def tensors(self, out, name="last.pt"):
+        return model.read_checkpoint(self.root / out / name)["tensors"]
 
-    def test_accumulated_gradients_make_the_same_step(self):
-        """On a model without batch statistics, which pieces of a batch would change."""
-        class Plain(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.conv = nn.Conv2d(3, 1, 3, padding=1)
+    def place(self, out):
+        """Epoch and step at which a run was saved."""
+        progress = model.read_checkpoint(self.root / out / "last.pt")["progress"]
+        return progress["epoch"], progress["step"]
 
-            def forward(self, images, tokens):
-                return self.conv(images)
+    def same_as_whole(self, out, world):
+        """That a run left the files of the undisturbed one, bit for bit but for the times."""
+        for name in ("last.pt", "best.pt"):
+            a, b = self.tensors(f"whole{world}", name), self.tensors(out, name)
+            self.assertEqual([key for key in a if not torch.equal(a[key], b[key])], [])
+        for key in ("epoch", "loss", "lr", "miou", "oiou", "p50"):
+            self.assertEqual(*([row[key] for row in self.log(run)]
+                               for run in (f"whole{world}", out)))
+        self.assertEqual({path.name for path in (self.root / out).iterdir()
+                          if not path.name.startswith("events.")},
+                         {".lock", "log.jsonl", "last.pt", "best.pt", "val.png", "curves.png"})
 
-        tokenizer = data.Tokenizer(self.root / "data" / "shapes" / "merges.txt")
+    def test_a_run_leaves_its_log_pictures_and_checkpoints(self):
+        statuses, lines = self.printed
+        self.assertEqual((statuses, len(lines)), ([0, 0], 1), lines)
+        self.assertRegex(lines[0], "whole2: finished after epoch 2, best mIoU on val .*--out DIR")
+        for world in (1, 2):
+            whole = self.root / f"whole{world}"
+            self.same_as_whole(whole.name, world)
+            rows = self.log(whole.name)
+            self.assertEqual([row["epoch"] for row in rows], [1, 2])
+            self.assertEqual([row["lr"] for row in rows], [1e-3, 1e-4])
+            self.assertEqual(set(rows[0]), {"epoch", "loss", "lr", "miou", "oiou", "p50",
+                                            "images_per_s", "peak_memory_gb", "seconds"})
+            for name in ("val.png", "curves.png"):
+                with Image.open(whole / name) as picture:
+                    self.assertGreater(np.asarray(picture).std(), 5)
+            # One process finds the figures in the checkpoint that one or two have logged.
+            figures = whole.with_suffix(".json")
+            statuses, lines = self.finish(begin(self.root, [
+                "--ckpt", whole / "last.pt", "--data", self.root / "data", "--split", "val",
+                "--batch-size", 8, "--json", figures], module="evaluate"))
+            self.assertEqual(statuses, [0], lines)
+            (found,) = json.loads(figures.read_text()).values()
+            for key in ("miou", "oiou", "p50"):
+                self.assertEqual(found["val"][key], rows[-1][key])
+
+    def samples(self):
         refs = data.read_split(self.root / "data", "shapes", "train")[0]
-        samples = data.TrainSet(refs, tokenizer, 64, 17)
-        weights = []
+        tokenizer = data.Tokenizer(self.root / "data" / "shapes" / "merges.txt")
+        return data.TrainSet(refs, tokenizer, 64, 17)
+
+    def test_micro_batches_add_up(self):
+        """On a model without batch statistics, which depend on the micro-batch."""
+        samples, results = self.samples(), []
         for micro in (8, 4, 1):
             torch.manual_seed(0)
-            net = Plain()
-            batches = train.GlobalBatches(len(refs), 8, micro, 0, 1, seed=0)
+            net = nn.Conv2d(3, 1, 3, padding=1).double()
+            start = net.weight.detach().clone()
+            net.forward = lambda images, tokens, net=net: nn.Conv2d.forward(net, images.double())
+            batches = train.GlobalBatches(len(samples), 8, micro, 0, 1, seed=0)
             loader = torch.utils.data.DataLoader(samples, batch_sampler=batches)
-            trainer = train.Trainer(net, mock.Mock(lr=1.0), 0, 0, 1, CPU, None, 8 // micro)
+            trainer = train.Trainer(net, 1.0, 0, batches, CPU, None)
             trainer.optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-            with contextlib.redirect_stderr(io.StringIO()):
-                trainer.epoch(loader, batches, lambda: None, 0, "")
-            value = trainer.progress.loss / trainer.progress.step
-            weights.append(torch.cat([net.conv.weight.flatten(), torch.tensor([value])]).detach())
-        for other in weights[1:]:
-            self.assertLess(float((weights[0] - other).abs().max()), 1e-5)
-        torch.manual_seed(0)
-        self.assertGreater(float((weights[0][:-1] - Plain().conv.weight.flatten()).abs().max()),
-                           0.1)
+            with mock.patch.object(trainer, "save"), contextlib.redirect_stderr(io.StringIO()):
+                trainer.epoch(loader, 0, "")
+            results.append([*net.weight.detach().flatten(), trainer.progress.loss / 6])
+        self.assertLess(np.ptp(results, axis=0).max(), 1e-12)
+        self.assertGreater(float((net.weight - start).abs().max()), 0.05)
 
     def test_workers_read_the_same_samples(self):
         """Also where workers are started anew instead of forked."""
-        tokenizer = data.Tokenizer(self.root / "data" / "shapes" / "merges.txt")
-        refs = data.read_split(self.root / "data", "shapes", "train")[0]
-        samples = data.TrainSet(refs, tokenizer, 64, 17)
-        batches = train.GlobalBatches(len(refs), 16, 16, 0, 1, seed=0)
-        for workers, start in ((0, None), (4, "fork"), (2, "spawn")):
-            loader = torch.utils.data.DataLoader(samples, batch_sampler=batches,
-                                                 num_workers=workers, multiprocessing_context=start)
+        samples = self.samples()
+        batches = train.GlobalBatches(len(samples), 16, 16, 0, 1, seed=0)
+        for workers, start in ((0, None), (4, "fork"), (1, "spawn")):
+            loader = torch.utils.data.DataLoader(
+                samples, batch_sampler=batches, num_workers=workers, multiprocessing_context=start,
+                worker_init_fn=train.leave_signals_to_parent if workers else None)
             for batch, places in zip(loader, batches, strict=True):
                 for key in ("image", "tokens", "mask"):
                     self.assertTrue(torch.equal(batch[key], torch.stack([samples[p][key]
                                                                          for p in places])))
 
-    def test_bfloat16_trains_too(self):
-        status, _, err = program(train, *self.small, "--out", self.root / "bf16", "--epochs", "1",
-                                 "--precision", "bf16", "--micro-batch", "4")
-        self.assertEqual(status, 0, err)
-        self.assertAlmostEqual(self.log("bf16")[0]["loss"], self.log("first")[0]["loss"], delta=0.1)
+    def test_two_processes_take_the_steps_of_one(self):
+        """In double precision, where rounding cannot hide a mistake (Adam amplifies it)."""
+        for world in (1, 2):
+            statuses, lines = self.run_out(f"double{world}", "double", world, "--dropout", 0)
+            self.assertEqual(statuses, [0] * world, lines)
+        a, b = self.tensors("double1"), self.tensors("double2")
+        for name in a:
+            self.assertLess(float((a[name] - b[name]).abs().max()), 1e-9, name)
+        for a, b in zip(self.log("double1"), self.log("double2")):
+            self.assertAlmostEqual(a["loss"], b["loss"], delta=1e-12)
 
-    def torchrun(self, processes, *arguments):
-        """What a program prints in so many processes of one thread each."""
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             f"--nproc_per_node={processes}", *arguments], check=True, capture_output=True,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
-        return done.stdout
+    def test_another_seed_trains_another_model(self):
+        self.assertEqual(self.run_out("seed", None, 1, "--seed", 1, "--epochs", 1)[0], [0])
+        self.assertNotEqual(self.log("seed")[0]["loss"], self.log("whole1")[0]["loss"])
 
-    def test_towers_are_carried_to_another_domain(self):
-        place, best = folder(self), self.root / "first" / "best.pt"
-        data.draw_shapes(place, TINY, name="shapes-b")
-        before = model.read_checkpoint(best)
-        common = ["--dataset", "shapes-b", "--data", place, "--init", best, *SMALL_RUN,
-                  "--epochs", 1]
-        paths = []
-        for preset in ("shapes-full", "shapes-compacter", "shapes-lora", "shapes-barleria",
-                       "shapes"):
-            out = place / preset
-            status, _, err = program(train, "--preset", preset, *common, "--out", out)
-            self.assertEqual(status, 0, err)
-            paths.append(out / "best.pt")
-            after = model.read_checkpoint(paths[-1])
-            self.assertEqual(after["config"].vision, "small")
-            for name, tensor in before["tensors"].items():
-                if name.startswith(("vision.", "text.")) and not name.endswith("logit_scale"):
-                    name = name.replace(".mlp.", ".mlp.0.") if preset == "shapes-compacter" else (
-                        f"{name.rpartition('.')[0]}.frozen.{name.rpartition('.')[2]}"
-                        if preset == "shapes-lora" and (
-                            "vision.blocks" in name or "attention" in name)
-                        and not any(part in name for part in ("norm", "scale")) else name)
-                    same = torch.equal(after["tensors"][name], tensor)
-                    self.assertEqual(same, preset != "shapes-full" or name.endswith("mask_token"),
-                                     (preset, name))
-        status, out, err = program(evaluate, "--ckpt", *paths, "--data", place, "--split", "val")
-        self.assertEqual(status, 0, err)
-        rows = [line for line in out.splitlines() if line.startswith(f"| {place}")]
-        self.assertEqual([row.split("|")[2].strip() for row in rows],
-                         ["shapes-full", "shapes-compacter", "shapes-lora", "shapes-barleria",
-                          "shapes"])
-        self.assertRegex(rows[2], r"\| shapes-lora \| 92,160 \| val \| \d+ \|.* \d+ s \|$")
-        # Going on with such a run takes the same command; the result is the undisturbed run's.
-        lora, two = ["--preset", "shapes-lora", *common[:-2], "--epochs", 2], place / "two"
-        self.assertEqual(program(train, *lora, "--out", two)[0], 0)
-        epoch_one = model.read_checkpoint(place / "shapes-lora" / "last.pt")
-        epoch_one["config"] = {**asdict(epoch_one["config"]), "epochs": 2}
-        torch.save(epoch_one, place / "shapes-lora" / "last.pt")
-        status, _, err = program(train, *lora, "--out", place / "shapes-lora", "--resume")
-        self.assertEqual(status, 0, err)
-        a, b = (model.read_checkpoint(out / "last.pt")["tensors"]
-                for out in (two, place / "shapes-lora"))
-        self.assertTrue(all(torch.equal(a[name], b[name]) for name in a))
-        for arguments, message in (
-                (["--preset", "shapes-lora", "--data", place, "--dataset", "shapes-b", "--out",
-                  place / "x"], "there is no file of one: --init"),
-                (["--preset", "houlsby", *common, "--out", place / "x"], "the tower has 4 blocks"),
-                ([*lora, "--init", place / "two" / "best.pt", "--out", place / "x"],
-                 "have the layers of lora inside"),
-                ([*lora, "--init", place / "shapes" / "best.pt", "--out", two, "--resume"],
-                 "another run: init"),
-                (["--preset", "shapes-lora", *common[:4], "--init", place / "no.pt"], "no such")):
-            status, _, err = program(train, *arguments)
-            self.assertEqual((status, len(err.strip().splitlines())), (2, 1), err)
-            self.assertRegex(err, message)
-
-    def test_mixed_training_of_barleria(self):
-        """The three data sets of `mixed` as copies of the drawn one; evaluated on a part."""
+    def test_barleria_on_mixed_data_in_bfloat16(self):
+        """The three data sets of `mixed` as copies of the drawn one."""
         place = folder(self)
+        drawn = data.draw_shapes(place, {"train": 8, "val": 2, "test": 1})
         for name, split_by in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
-            shutil.copytree(self.root / "data" / "shapes", place / name)
+            shutil.copytree(drawn, place / name)
             (place / name / "refs(shapes).p").rename(place / name / f"refs({split_by}).p")
         status, _, err = program(
             train, *SMALL_RUN, "--preset", "shapes-barleria", "--data", place, "--dataset", "mixed",
             "--vocabulary", place / "refcoco" / "merges.txt", "--out", place / "run",
-            "--epochs", 1, "--micro-batch", 4)
+            "--epochs", 1, "--micro-batch", 4, "--precision", "bf16")
         self.assertEqual(status, 0, err)
-        checkpoint = model.read_checkpoint(place / "run" / "best.pt")
-        self.assertEqual(checkpoint["config"].length, 22)
-        self.assertEqual(checkpoint["config"].method, "barleria")
-        status, printed, err = program(evaluate, "--ckpt", place / "run" / "best.pt", "--data",
-                                       place, "--dataset", "refcoco+", "--split", "val")
-        self.assertEqual(status, 0, err)
-        self.assertIn("| val |", printed)
+        config = model.read_checkpoint(place / "run" / "best.pt")["config"]
+        self.assertEqual((config.method, config.length), ("barleria", 22))
+        self.assertLess(self.log(place / "run")[0]["loss"], 0.7)
 
-    def test_two_processes_take_the_steps_of_one(self):
-        """In double precision, where rounding cannot hide a mistake (Adam makes much of it)."""
-        script = self.root / "double.py"
-        script.write_text(textwrap.dedent("""
-            import json, os, data, evaluate, loss, model, train
-            build, normalise, loss_of = model.build, data.normalise, loss.text_to_pixel_loss
-            losses = []
-            def recorded(logits, masks):
-                value = loss_of(logits, masks)
-                mean = value.detach().clone()
-                if train.dist.is_initialized():
-                    train.dist.all_reduce(mean)
-                    mean /= train.dist.get_world_size()
-                losses.append(mean.item())
-                return value
-            model.build = lambda *args: build(*args).double()
-            data.normalise = lambda images: normalise(images).double()
-            loss.text_to_pixel_loss = recorded
-            evaluate.run(train.main)
-            if os.environ["RANK"] == "0":
-                print("losses", json.dumps(losses))
-        """))
-        losses = []
-        for processes in (1, 2):
-            out = self.torchrun(processes, script, *self.small, "--epochs", "1", "--out",
-                                self.root / f"double{processes}")
-            losses.append(json.loads(out.split("losses")[1]))
-        self.assertEqual(len(losses[0]), 10)
-        self.assertLess(max(abs(a - b) for a, b in zip(*losses)), 1e-9)
-        a, b = (model.read_checkpoint(self.root / f"double{n}" / "last.pt")["tensors"]
-                for n in (1, 2))
-        for name in (name for name in a if "running_" in name):
-            self.assertTrue(torch.allclose(a[name], b[name], rtol=1e-6, atol=1e-9), name)
-
-    def test_two_processes_leave_one_run(self):
-        out = self.root / "two"
-        self.torchrun(2, HERE / "train.py", *self.small, "--out", out)
-        self.assertEqual([row["epoch"] for row in self.log("two")], [1, 2])
-        self.assertEqual(len(list(out.glob("*.pt"))), 3)
-        # The weights as two processes left them, the figures as one finds them (of one thread).
-        threads = torch.get_num_threads()
-        self.addCleanup(torch.set_num_threads, threads)
-        torch.set_num_threads(1)
-        figures = self.root / "two.json"
-        program(evaluate, "--ckpt", out / "last.pt", "--data", self.root / "data", "--split", "val",
-                "--json", figures, "--batch-size", 8)
-        found = json.loads(figures.read_text())[str(out / "last.pt")]["val"]
-        for key in ("miou", "oiou", "p50"):
-            self.assertEqual(found[key], self.log("two")[-1][key])
-
-    def test_a_second_run_has_its_own_folder_and_draws_nothing(self):
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(folder(self))
-        with mock.patch.object(data, "draw_shapes") as draw:
-            for _ in range(2):
-                status, _, err = program(train, *self.small, "--epochs", "1")
-                self.assertEqual(status, 0, err)
-            draw.assert_not_called()
-            self.assertTrue(Path("runs/shapes/last.pt").exists())
-            self.assertTrue(Path("runs/shapes-2/last.pt").exists())
+    def test_towers_are_carried_to_another_domain(self):
+        place, best = folder(self), self.root / "whole1" / "best.pt"
+        data.draw_shapes(place, self.SCENES, name="shapes-b")
+        common = ["--dataset", "shapes-b", "--data", place, "--init", best, *SMALL_RUN,
+                  "--epochs", 1]
+        before = {name: tensor for name, tensor in self.tensors("whole1", "best.pt").items()
+                  if name.startswith(("vision.", "text."))}
+        unused = ("mask_token", "logit_scale")
+        # Wrapped layers have longer names.
+        for preset, inserted in (("shapes-full", ""), ("shapes-lora", "frozen."),
+                                 ("shapes-compacter", "0."), ("shapes-barleria", "")):
+            status, _, err = program(train, "--preset", preset, *common, "--out", place / preset)
+            self.assertEqual(status, 0, err)
+            after = {name.replace(inserted, "") if inserted else name: tensor
+                     for name, tensor in self.tensors(place / preset).items()}
+            for name, tensor in before.items():
+                same = torch.equal(after[name.replace(inserted, "") if inserted else name], tensor)
+                learns = preset == "shapes-full" and name.split(".")[-1] not in unused
+                self.assertEqual(same, not learns, (preset, name))
+        for preset, init, out, message in (
+                ("shapes-lora", best, "shapes-lora", None),
+                ("shapes-lora", place / "shapes-full" / "best.pt", "shapes-lora", "run: init"),
+                ("shapes-lora", place / "shapes-lora" / "best.pt", "x", "best.pt"),
+                ("shapes-lora", place / "no.pt", "x", "no.pt: no such"),
+                ("houlsby", best, "x", "the tower has 4 blocks")):
+            status, out, err = program(train, "--preset", preset, *common, "--init", init,
+                                       "--out", place / out)
+            if message:
+                self.assertEqual((status, err.count("\n")), (2, 1), err)
+                self.assertRegex(err, message)
+            else:
+                self.assertRegex(out, "shapes-lora: finished after epoch 1")
 
     def test_bad_input_gets_one_line_and_status_2(self):
         place = folder(self)
         (place / "file").write_text("x")
-        drawn = ["--data", self.root / "data"]
-        real = ["--preset", "dcris-b", "--dataset", "shapes", *drawn, "--out", place / "o"]
-        for module, arguments, message in (
-                (train, ["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no",
-                         "--out", place / "o"], "no such file; .python backbones.py download"),
-                (train, real, "published as"),
-                (train, [*drawn, "--out", self.root / "first"], "another run: head_width 32"),
-                (train, [*drawn, "--out", place / "o", "--resume"], "no run to resume"),
-                (train, [*drawn, "--out", place / "file"], "file"),
-                (train, [*self.small, "--out", self.root / "first", "--resume", "--lr", "1"],
-                 "another run: lr 0.001 there, 1.0 here"),
-                (train, [*drawn, "--out", place / "o", "--image-size", "65"], "no multiple"),
-                (train, [*drawn, "--out", place / "o", "--visual-adapter-layers", "1", "9"],
-                 "the tower has 4 blocks"),
-                (train, [*drawn, "--out", place / "o", "--micro-batch", "5"], "does not divide"),
-                (train, [*drawn, "--out", place / "o", "--batch-size", "9999"], "refs"),
-                (train, [*drawn, "--out", place / "o", "--dataset", "cats"], "'cats'"),
-                (train, ["--preset", "cats", *drawn], "argument --preset: invalid choice: 'cats'"),
-                (data, ["check", place], "no folder with an instances.json")):
+        best, last = ((self.root / "whole1" / name).read_bytes() for name in ("best.pt", "last.pt"))
+        middle = len(last) // 2
+        flipped = last[:middle] + bytes([last[middle] ^ 1]) + last[middle + 1:]
+        for name, content in (("other", last), ("best", best), ("cut", last[:4000]),
+                              ("flipped", flipped)):
+            (place / name).mkdir()
+            (place / name / "last.pt").write_bytes(content)
+        real = ["--preset", "dcris-b", "--dataset", "refcoco"]
+        for arguments, message in (
+                (["--preset", "cats"], "argument --preset: invalid choice: 'cats'"),
+                (["--flag"], "unrecognized arguments"),
+                (["--preset", "dcris-b"], "needs --dataset"),
+                (["--init", "a.pt", "--random-towers"], "leave --random-towers"),
+                (["--save-every", -1], "at least 0"),
+                (["--bench", "--rounds", 0], "at least 1"),
+                ([*real, "--data", place / "no"], "no such file; .python backbones.py download"),
+                (["--preset", "shapes-lora"], "there is no file of one: --init"),
+                (["--dataset", "cats"], "'cats'|cats"),
+                (["--image-size", "65"], "image_size 65"),
+                (["--visual-adapter-layers", "1", "9"], "the tower has 4 blocks"),
+                (["--micro-batch", "5"], "micro-batches of 5; change"),
+                (["--batch-size", "9999"], "only .* refs"),
+                (["--out", place / "file"], "file"),
+                (["--out", place / "other", "--lr", 1, "--seed", 1],
+                 "another run: lr 0.001 there, 1.0 here; seed 0 there, 1 here; --out DIR"),
+                (["--out", place / "best"], "not this run's last.pt"),
+                (["--out", place / "cut"], "cut/last.pt: "),
+                (["--out", place / "flipped"], "flipped/last.pt: ")):
             with self.subTest(arguments=arguments):
-                status, out, err = program(module, *arguments)
-                self.assertEqual((status, out), (2, ""), err)
-                lines = [line for line in err.splitlines() if line.strip()]
-                self.assertEqual(len(lines), 1, err)
-                self.assertRegex(lines[0], message)
+                status, out, err = program(train, *self.command, "--out", place / "o", *arguments)
+                self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
+                self.assertRegex(err, message)
 
-    def test_a_diverged_run_saves_nothing(self):
-        """And its folder can be used again: it holds no run."""
-        out, loss_of = self.root / "diverged", loss.text_to_pixel_loss
-        with mock.patch.object(loss, "text_to_pixel_loss",
-                               lambda logits, masks: loss_of(logits, masks) * math.nan):
-            status, _, err = program(train, *self.small, "--out", out)
-        self.assertEqual(status, 2)
-        self.assertRegex(err, r"not finite in three steps in a row of epoch 1, at last with refs ")
-        self.assertFalse((out / "last.pt").exists())
-        self.assertEqual(program(train, *self.small, "--epochs", "1", "--out", out)[0], 0)
+    def test_the_folder_is_the_run(self):
+        before = (self.root / "whole1" / "last.pt").read_bytes()
+        statuses, lines = self.run_out("whole1")        # it is finished
+        self.assertEqual((statuses, len(lines)), ([0], 1), lines)
+        self.assertRegex(lines[0], "whole1: finished after epoch 2, .*; --out DIR starts another")
+        self.assertEqual((self.root / "whole1" / "last.pt").read_bytes(), before)
+        # No two runs write to one folder. The default is runs/PRESET.
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder(self))
+        first = begin(self.root, self.command, "slow")
+        while first[0].is_alive() and not Path("runs/shapes/.lock").exists():
+            time.sleep(0.05)
+        status, _, err = program(train, *self.command)
+        self.assertEqual((status, err.count("\n")), (2, 1), err)
+        self.assertRegex(err, "runs/shapes: another run is writing there")
+        self.assertEqual(self.finish(first)[0], [0])
+        self.same_as_whole(Path.cwd() / "runs" / "shapes", 1)
+
+    def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
+        for world, tricks in ((1, ("drawing", "first step", "saving", "last step", "validating",
+                                   "validated", "best saved")),
+                              (2, ("saving", "last step", "validating"))):
+            out = self.root / f"killed{world}"
+            command = [*self.options, "--data", folder(self), "--out", out]
+            for trick in tricks:
+                statuses, lines = self.finish(begin(self.root, command, trick, world))
+                self.assertIn(-signal.SIGKILL, statuses, (trick, lines))
+            statuses, lines = self.finish(begin(self.root, command, None, world))
+            self.assertEqual(statuses, [0] * world, lines)
+            self.same_as_whole(out, world)
+
+    @unittest.skipUnless(MANY, "MANY=20 kills 20 runs at random moments")
+    def test_killed_at_random_a_run_ends_as_if_undisturbed(self):
+        moments = random.Random(0)
+        for world in (1, 2):
+            for kill in range(MANY):
+                out = f"random{world}-{kill // 4}"
+                children = begin(self.root, [*self.command, "--out", self.root / out], None, world)
+                time.sleep(moments.uniform(0.5, 1 + 1.5 * world))
+                for child in children:
+                    child.kill()
+                self.finish(children)
+                if kill % 4 == 3 or kill == MANY - 1:
+                    self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
+                    self.same_as_whole(out, world)
+
+    def test_a_signal_ends_the_run_after_the_step_and_saves_it(self):
+        for trick, status, world, place in (
+                ("terminate", 143, 1, (1, 3)), ("interrupt", 130, 1, (1, 3)),
+                ("terminate one", 143, 2, (1, 3)), ("terminate at last", 143, 1, (1, 6)),
+                ("terminate twice", -signal.SIGTERM, 1, (1, 2))):       # at once, unsaved
+            statuses, lines = self.run_out(trick, trick, world, "--workers", 2 - world)
+            self.assertEqual((statuses, lines), ([status] * world, []), trick)
+            self.assertEqual(self.place(trick), place, trick)
+        for out, world in (("terminate", 1), ("terminate one", 2)):
+            self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
+            self.same_as_whole(out, world)
+
+    def test_one_says_why_and_none_hangs(self):
+        """Afterwards the run can go on: what was saved is whole."""
+        for trick, more, status, message in (
+                (None, ["--image-size", "65"], 2, "image_size 65"),
+                (None, ["--vocabulary", self.root / "none"], 2, "none"),
+                ("fail at one", [], 2, "photo 7 is broken"),
+                ("rank 1", [], 1, "lost another process"),
+                ("full disk", [], 2, "last.pt: could not be written: File too large"),
+                ("not finite", [], 2, r"the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
+                                      r"last.pt, if saved, is from before; try a lower --lr")):
+            out = f"said {trick} {message[:5]}"
+            statuses, lines = self.run_out(out, trick, 2, *more)
+            self.assertEqual(len(lines), 1, lines)
+            self.assertRegex(lines[0], message)
+            self.assertIn(status, statuses)
+        for out in ("said not finite the l", "said full disk last."):
+            self.assertEqual(self.place(out), (1, 4))
+        self.assertEqual(self.run_out(out, None, 2)[0], [0, 0])
+        self.same_as_whole(out, 2)
+
+    def test_restarted_by_torchrun(self):
+        script = self.root / "restarted.py"
+        script.write_text(textwrap.dedent(f"""
+            import os, sys
+            sys.path[:0] = [{str(HERE)!r}]
+            import test_all, evaluate, train
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                test_all.TRICKS["rank 1"](int(os.environ["RANK"]))
+            evaluate.run(train.main)
+        """))
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "--max-restarts=1", script, *map(str, self.command), "--out", self.root / "again"],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stderr.count("lost another process"), 1)
+        self.same_as_whole("again", 2)
 
     def test_benchmark(self):
-        figures = self.root / "bench.json"
+        file = self.root / "bench.json"
         status, out, err = program(train, "--bench", "--batch-size", 4, "--micro-batch", 2,
-                                   "--rounds", 1, "--precision", "bf16", "--json", figures)
+                                   "--rounds", 1, "--precision", "bf16", "--json", file)
         self.assertEqual(status, 0, err)
-        found = json.loads(figures.read_text())
+        found = json.loads(file.read_text())
         self.assertEqual((found["preset"], found["batch"], found["precision"]),
                          ("shapes", 4, "bfloat16"))
         # A linear layer of the vision tower alone: 67 tokens, 96 to 384 channels, four blocks.
-        self.assertGreater(found["forward"]["gflop_per_image"], 4 * 2e-9 * 67 * 96 * 384)
-        self.assertLess(found["forward"]["gflop_per_image"], found["step"]["gflop_per_image"] / 2)
+        self.assertGreater(found["forward_gflop_per_image"], 4 * 2e-9 * 67 * 96 * 384)
+        self.assertLess(found["forward_gflop_per_image"], found["step_gflop_per_image"] / 2)
         for name in ("forward", "step"):
-            row = found[name]
-            self.assertAlmostEqual(row["seconds_per_image"] * row["images_per_s"], 1)
-            self.assertAlmostEqual(row["gflop_per_image"] * row["images_per_s"],
-                                   row["share"] * max(found["product_gflops"],
-                                                      found["linear_gflops"]))
-            self.assertIn(f"| {name} | {row['seconds_per_image']:.4f} | ", out)
+            rate = found[f"{name}_images_per_s"]
+            self.assertAlmostEqual(found[f"{name}_seconds_per_image"] * rate, 1)
+            self.assertAlmostEqual(found[f"{name}_gflop_per_image"] * rate,
+                                   found[f"{name}_gflops"])
+        for name, value in found.items():
+            self.assertIn(f"| {name} | {f'{value:.4g}' if type(value) is float else value} |", out)
         self.assertGreater(found["loader_images_per_s"], 30)
         with mock.patch.object(train, "random_batch", lambda *_: torch.empty(2**50)):
             status, _, err = program(train, "--bench")
         self.assertEqual((status, err.count("\n")), (1, 1), err)
         self.assertIn("out of memory; try a smaller --batch-size", err)
-        for arguments, message in ((["--json", figures], "for --bench"),
-                                   (["--bench", "--resume"], "trains nothing; leave --out"),
-                                   (["--bench", "--rounds", 0], "at least 1"),
-                                   (["--bench", "--json", self.root / "no" / "o"], "not a file")):
-            status, _, err = program(train, *arguments)
-            self.assertEqual((status, err.count("\n")), (2, 1), err)
-            self.assertIn(message, err)
-
-    def test_best_pt_cannot_be_resumed(self):
-        out = self.root / "copied"
-        out.mkdir()
-        (out / "last.pt").write_bytes((self.root / "first" / "best.pt").read_bytes())
-        status, _, err = program(train, *self.small, "--out", out, "--resume")
-        self.assertEqual(status, 2)
-        self.assertIn("a best.pt cannot be resumed", err)
 
 
 def begin(place, arguments, trick=None, world=1, module="train"):
     """A program in `world` processes of one thread that can be killed; what they print is in
     PLACE/RANK.txt. `trick`, one of TRICKS, is played in each before it begins.
 
-    They are forked from a server that has PyTorch loaded already.
+    They are forked from a server that has loaded PyTorch already.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["train"])
+    server.set_forkserver_preload(["train", "torch._dynamo"])     # which optimizers import
     children = []
     for rank in range(world):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": store.port,
                  "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True,
                  } if world > 1 else {}
         child = server.Process(target=child_main, args=(
-            module, [*map(str, arguments)], Path(place) / f"{rank}.txt", group, trick))
+            module, [*map(str, arguments)], Path(place) / f"{rank}.txt", group, trick, os.getcwd()))
         child.start()
         child.store = store                     # it lives as long as they, as torchrun's does
         children.append(child)
     return children
 
 
-def child_main(module, arguments, output, group, trick):
+def child_main(module, arguments, output, group, trick, place):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.chdir(place)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)        # of a loader, as in a real run
     evaluate.tqdm.set_lock(threading.RLock())       # the usual one outlives a killed process
     os.environ.update({name: str(value) for name, value in group.items()})
     module = sys.modules[module]
     sys.argv = [module.__file__, *arguments]
     # What a run draws for itself is smaller here.
     draw = data.draw_shapes
-    data.draw_shapes = lambda place, **more: draw(place, TINY, **more)
+    data.draw_shapes = lambda place, **more: draw(place, Runs.SCENES, **more)
     if trick:
         TRICKS[trick](int(group.get("RANK", 0)))
     evaluate.run(module.main)
@@ -2534,6 +2553,10 @@ def after(owner, name, action, when=1):
     setattr(owner, name, watched)
 
 
+def after_step(number, action):
+    after(train.Trainer, "step", action, number)
+
+
 def die_within_saving(rank):
     """After half of the checkpoint's bytes, the third time."""
     whole, count = torch.save, itertools.count(1)
@@ -2549,377 +2572,73 @@ def die_within_saving(rank):
     torch.save = half
 
 
-def tell_self(number):
-    os.kill(os.getpid(), number)
-
-
-TRICKS = {
-    "drawing": lambda rank: after(data, "draw_one", die, 20),
-    "first step": lambda rank: after(train.Trainer, "step", die),
-    "saving": die_within_saving,
-    # When last.pt has become previous.pt, and the new one is not yet there.
-    "renaming": lambda rank: after(
-        os, "replace", die, lambda source, target: Path(source).name == "last.pt"),
-    "last step": lambda rank: after(
-        train.Trainer, "step", die, lambda trainer, *_: trainer.progress.step == 9),
-    "validating": lambda rank: after(evaluate, "probabilities", die, 2),
-    "validated": lambda rank: after(evaluate, "metrics", die),
-    "best saved": lambda rank: after(
-        model, "save", die, lambda path, *_: path.name == "best.pt"),
-    "rank 1": lambda rank: rank == 1 and after(train.Trainer, "step", die, 4),
-    "terminate": lambda rank: after(
-        train.Trainer, "step", lambda: tell_self(signal.SIGTERM), 4),
-    "interrupt": lambda rank: after(train.Trainer, "step", lambda: tell_self(signal.SIGINT), 4),
-    "terminate at last": lambda rank: after(
-        train.Trainer, "step", lambda: tell_self(signal.SIGTERM), 10),
-    "terminate one": lambda rank: rank == 1 and TRICKS["terminate"](rank),
-    "terminate twice": lambda rank: after(train.Trainer, "step", lambda: [
-        tell_self(signal.SIGTERM) for _ in range(2)], 4),
-    "fail at one": lambda rank: rank == 1 and after(train.Trainer, "step", broken_photo, 4),
-    "full disk": lambda rank: after(train.Trainer, "step", lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, 100_000)), 7),
-    "slow": lambda rank: after(train.Trainer, "step", lambda: time.sleep(0.1)),
-    "not finite": lambda rank: spoil(lambda call: call in (2, 5, 6, 9)),
-    "never finite": lambda rank: spoil(lambda call: call > 6),
-}
+def tell_self(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
 
 
 def broken_photo():
     raise data.DataError("photo 7 is broken")
 
 
-def spoil(which):
-    """Makes the loss of some calls not a number, and what the model's statistics learn in them."""
-    forward, count = model.DCRIS.forward, itertools.count(1)
-
-    def spoilt(net, images, tokens):
-        call = next(count) if net.training else 0
-        return forward(net, images * math.nan if which(call) else images, tokens)
-    model.DCRIS.forward = spoilt
+def in_double():
+    build, normalise = model.build, data.normalise
+    model.build = lambda *args, **more: build(*args, **more).double()
+    data.normalise = lambda images: normalise(images).double()
 
 
-class Survival(unittest.TestCase):
-    """Runs that are killed, stopped and fed what they cannot digest."""
-    # With dropout, which must draw the same numbers again.
-    COMMAND = [*SMALL_RUN, "--dropout", "0.1", "--save-every", "3"]
+def spoil(step):
+    """Makes the loss of a step not a number."""
+    loss_of, count = loss.text_to_pixel_loss, itertools.count(1)
+    loss.text_to_pixel_loss = lambda *args: loss_of(*args) * (
+        math.nan if next(count) == step else 1)
 
-    @classmethod
-    def setUpClass(cls):
-        cls.place = tempfile.TemporaryDirectory()
-        cls.root = Path(cls.place.name)
-        data.draw_shapes(cls.root / "data", TINY)
-        cls.command = [*cls.COMMAND, "--data", cls.root / "data"]
-        for world in (1, 2):
-            cls.finish(cls, begin(cls.root, [*cls.command, "--out", cls.root / f"whole{world}"],
-                                  world=world))
 
-    @classmethod
-    def tearDownClass(cls):
-        cls.place.cleanup()
+TRICKS = {
+    "drawing": lambda rank: after(Image.Image, "save", die, 20),
+    "first step": lambda rank: after_step(1, die),
+    "saving": die_within_saving,
+    "last step": lambda rank: after(
+        train.Trainer, "step", die, lambda trainer, *_: trainer.progress.step == 6),
+    "validating": lambda rank: after(evaluate, "probabilities", die, 2),
+    "validated": lambda rank: after(evaluate, "metrics", die),
+    "best saved": lambda rank: after(
+        model, "save", die, lambda path, *_: path.name == "best.pt"),
+    "rank 1": lambda rank: rank == 1 and after_step(3, die),
+    "terminate": lambda rank: after_step(3, lambda: tell_self(signal.SIGTERM)),
+    "interrupt": lambda rank: after_step(3, lambda: tell_self(signal.SIGINT)),
+    "terminate at last": lambda rank: after_step(6, lambda: tell_self(signal.SIGTERM)),
+    "terminate one": lambda rank: rank == 1 and after_step(3, lambda: tell_self(signal.SIGTERM)),
+    "terminate twice": lambda rank: after_step(
+        3, lambda: tell_self(signal.SIGTERM, signal.SIGTERM)),
+    "fail at one": lambda rank: rank == 1 and after_step(3, broken_photo),
+    "full disk": lambda rank: after_step(5, lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, 100_000))),
+    "slow": lambda rank: after(train.Trainer, "step", lambda: time.sleep(0.1), lambda *_: True),
+    "double": lambda rank: in_double(),
+    "not finite": lambda rank: spoil(6),
+}
 
-    def finish(self, children, within=60):
-        """Waits for the processes: their exit statuses, and what they printed but for progress."""
-        for child in children:
-            child.join(within)
-            hung = child.exitcode is None
-            child.kill()
-            child.join()
-            if hung:
-                raise AssertionError("a process hangs")
-        printed = "".join((self.root / f"{rank}.txt").read_text().replace("\r", "\n")
-                          for rank in range(len(children)))
-        lines = [line for line in printed.splitlines()
-                 if line.strip() and not re.match(r"(epoch|drawing|validating)", line)]
-        return [child.exitcode for child in children], lines
 
-    def run_out(self, out, trick=None, world=1, *more):
-        return self.finish(begin(self.root, [*self.command, "--out", out, *more], trick, world))
+class TimedResult(unittest.TextTestResult):
+    """Prints the ten slowest tests at the end."""
+    seconds = {}
 
-    def same_as_whole(self, out, world):
-        a, b = (model.read_checkpoint(path / name) for path, name in (
-            (self.root / f"whole{world}", "last.pt"), (out, "last.pt")))
-        for name in a["tensors"]:
-            self.assertTrue(torch.equal(a["tensors"][name], b["tensors"][name]), name)
-        for name, tensor in model.read_checkpoint(out / "best.pt")["tensors"].items():
-            self.assertTrue(torch.equal(tensor, model.read_checkpoint(
-                self.root / f"whole{world}" / "best.pt")["tensors"][name]), name)
-        rows = [[json.loads(line) for line in (path / "log.jsonl").open()]
-                for path in (self.root / f"whole{world}", out)]
-        for key in ("epoch", "loss", "lr", "miou", "oiou", "p50"):
-            self.assertEqual(*[[row[key] for row in log] for log in rows])
-        self.assertEqual({path.name for path in out.iterdir()
-                          if not path.name.startswith("events.")},
-                         {".lock", "log.jsonl", "last.pt", "previous.pt", "best.pt", "val.png",
-                          "curves.png"})
+    def startTest(self, test):
+        self.seconds[test] = time.monotonic()
+        super().startTest(test)
 
-    def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
-        for world, tricks in ((1, ("drawing", "first step", "saving", "renaming", "last step",
-                                   "validating", "validated", "best saved")),
-                              (2, ("saving", "last step", "validating"))):
-            out = self.root / f"killed{world}"
-            command = [*self.COMMAND, "--data", folder(self), "--out", out]
-            for trick in tricks:
-                statuses, lines = self.finish(begin(self.root, command, trick, world))
-                self.assertIn(-signal.SIGKILL, statuses, (trick, lines))
-            statuses, lines = self.finish(begin(self.root, command, None, world))
-            self.assertEqual(statuses, [0] * world, lines)
-            self.same_as_whole(out, world)
+    def stopTest(self, test):
+        self.seconds[test] = time.monotonic() - self.seconds[test]
+        super().stopTest(test)
 
-    def test_killed_at_random_a_run_ends_as_if_undisturbed(self):
-        moments = random.Random(0)
-        for world, times in ((1, MANY or 1), (2, MANY or 1)):
-            kills = runs = 0
-            while kills < times:
-                out = self.root / f"random{world}-{runs}"
-                children = begin(self.root, [*self.command, "--out", out], None, world)
-                time.sleep(moments.uniform(0.5, 1 + 1.5 * world))
-                for child in children:
-                    child.kill()
-                statuses, lines = self.finish(children)
-                if statuses == [0] * world:
-                    self.same_as_whole(out, world)
-                    runs += 1
-                kills += statuses == [-signal.SIGKILL] * world
-            self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
-            self.same_as_whole(out, world)
-            if MANY:
-                print(f"{world} process(es): killed {kills} times in {runs + 1} run(s)")
-
-    def test_a_wish_to_stop_is_seen_to_after_the_step(self):
-        for trick, status, world in (("terminate", 143, 1), ("interrupt", 130, 1),
-                                     ("terminate one", 143, 2)):
-            out = self.root / trick
-            statuses, lines = self.run_out(out, trick, world, "--workers", 2 - world)
-            self.assertEqual(statuses, [status] * world, lines)
-            self.assertEqual(lines, [])
-            progress = model.read_checkpoint(out / "last.pt")["progress"]
-            self.assertEqual((progress["epoch"], progress["step"]), (1, 6))
-            if trick == "terminate":
-                self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
-                self.same_as_whole(out, world)
-        out = self.root / "at last"         # in the last step of an epoch
-        self.assertEqual(self.run_out(out, "terminate at last")[0], [143])
-        progress = model.read_checkpoint(out / "last.pt")["progress"]
-        self.assertEqual((progress["epoch"], progress["step"]), (1, 10))
-        out = self.root / "at once"
-        self.assertEqual(self.run_out(out, "terminate twice")[0], [143])
-        self.assertEqual(model.read_checkpoint(out / "last.pt")["progress"]["step"], 3)
-
-    def test_one_says_why_and_none_hangs(self):
-        for trick, more, status, message in (
-                (None, ["--image-size", "65"], 2, "no multiple"),
-                (None, ["--no-such-flag"], 2, "unrecognized arguments"),
-                (None, ["--vocabulary", self.root / "none"], 2, "none"),
-                ("fail at one", [], 2, "photo 7 is broken"),
-                ("rank 1", [], None, "lost another process"),
-                ("full disk", [], 2, "last.pt: could not be written: File too large")):
-            out = self.root / f"said {trick} {message[:5]}"
-            statuses, lines = self.run_out(out, trick, 2, *more)
-            self.assertEqual(len(lines), 1, lines)
-            self.assertRegex(lines[0], message)
-            self.assertIn(statuses[0], (1, 2))
-            if status:
-                self.assertIn(status, statuses)
-        # What was saved before the disk was full is whole.
-        self.assertEqual(model.read_checkpoint(out / "last.pt")["progress"]["step"], 6)
-        self.assertEqual(self.run_out(out, None, 2)[0], [0, 0])
-        self.same_as_whole(out, 2)
-
-    def test_steps_that_are_not_finite(self):
-        out = self.root / "spoilt"
-        statuses, lines = self.run_out(out, "not finite")
-        self.assertEqual(statuses, [0], lines)
-        rows = [json.loads(line) for line in (out / "log.jsonl").open()]
-        self.assertEqual([row.get("left_out") for row in rows], [4, None])
-        for name, tensor in model.read_checkpoint(out / "best.pt")["tensors"].items():
-            self.assertTrue(tensor.isfinite().all(), name)
-        out = self.root / "never"
-        statuses, lines = self.run_out(out, "never finite")
-        self.assertEqual((statuses, len(lines)), ([2], 1), lines)
-        self.assertRegex(lines[0], r"three steps in a row of epoch 1, at last with refs (\d+, ){7}")
-        checkpoint = model.read_checkpoint(out / "last.pt")
-        self.assertEqual(checkpoint["progress"]["step"], 6)
-        self.assertTrue(all(t.isfinite().all() for t in checkpoint["tensors"].values()))
-
-    def test_damaged_checkpoints_are_passed_over(self):
-        whole, out = self.root / "whole1", self.root / "damaged"
-        good = (whole / "last.pt").read_bytes()
-        moments, found = random.Random(0), 0
-        shutil.copytree(whole, out)
-        for _ in range(60):
-            damaged = bytearray(good)
-            if moments.random() < 0.3:
-                del damaged[moments.randrange(len(damaged)):]
-            else:
-                damaged[moments.randrange(len(damaged))] ^= 1 << moments.randrange(8)
-            (out / "last.pt").write_bytes(damaged)
-            (out / "last.pt.damaged").unlink(missing_ok=True)
-            (out / "previous.pt").write_bytes((whole / "previous.pt").read_bytes())
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                path = train.newest_whole(out)
-            if path == out / "last.pt":         # the flipped bit stands for nothing
-                a, b = (model.read_checkpoint(p / "last.pt") for p in (whole, out))
-                self.assertTrue(all(torch.equal(a["tensors"][n], b["tensors"][n])
-                                    for n in a["tensors"]))
-                self.assertEqual(a["progress"], b["progress"])
-            else:
-                found += 1
-                self.assertEqual(path, out / "previous.pt")
-                self.assertEqual((out / "last.pt.damaged").read_bytes(), damaged)
-                self.assertRegex(said.getvalue(),
-                                 "warning: .*last.pt: .*; kept as .*, going on from .*prev")
-        self.assertGreater(found, 40)
-        (out / "last.pt").write_bytes(good[:5000])
-        (out / "previous.pt").write_bytes((whole / "previous.pt").read_bytes())
-        self.assertEqual(self.run_out(out)[0], [0])
-        model.read_checkpoint(out / "previous.pt")      # not the damaged one
-        (out / "last.pt.damaged").unlink()
-        self.same_as_whole(out, 1)
-        for path in (out / "last.pt", out / "previous.pt"):
-            path.write_bytes(good[:5000])
-        statuses, lines = self.run_out(out)
-        self.assertEqual((statuses, len(lines)), ([2], 2), lines)
-
-    def test_checkpoints_with_odd_values(self):
-        """Whatever is changed in a last.pt by hand is refused in a line."""
-        out, good = self.root / "odd", model.read_checkpoint(self.root / "whole1" / "previous.pt")
-        out.mkdir()
-        good["config"] = asdict(good["config"])
-        moments = good["optimizer"]["state"][0]
-        for *keys, value in (
-                ("progress", []), ("progress", "epoch", 2**70), ("progress", "epoch", 1.0),
-                ("progress", "step", -1), ("progress", "step", 10**6),
-                ("progress", "loss", torch.zeros(2)), ("progress", "best", math.nan),
-                ("progress", "rows", []), ("progress", "rows", 0, "images_per_s", 0),
-                ("progress", "rows", 0, "miou", torch.zeros(1)), ("progress", "more", 1),
-                ("optimizer", {}), ("optimizer", "state", {}), ("optimizer", "state", 0, {}),
-                ("optimizer", "state", 0, "step", 3), ("optimizer", "state", 0, "exp_avg",
-                                                       moments["exp_avg"].to_sparse()),
-                ("optimizer", "state", 0, "exp_avg_sq", moments["exp_avg_sq"].int()),
-                ("optimizer", "state", 0, "step", torch.zeros(2)),
-                ("optimizer", "param_groups", []), ("optimizer", "param_groups", 0, "betas", None),
-                ("optimizer", "param_groups", 0, "amsgrad", True),
-                ("optimizer", "param_groups", 0, "lr", math.inf), ("scaler", {}),
-                ("scaler", "scale", math.nan), ("scaler", "scale", "much"), ("random", []),
-                ("random", [(torch.zeros(3), None)]), ("random", 5),
-                ("optimizer", "state", 0, "exp_avg", moments["exp_avg"] * math.nan),
-                ("optimizer", "state", 0, "exp_avg", moments["exp_avg"].to("meta")),
-                ("optimizer", "state", 0, "exp_avg_sq", -1 - moments["exp_avg_sq"]),
-                ("optimizer", "param_groups", 0, "lr", -1.0), ("scaler", "growth_factor", 3.0),
-                ("progress", "left_out", 10**6), ("progress", "seconds", -1.0), ("run", {}),
-                ("config", "features", (torch.zeros(2), 8)),
-                ("run", "seed", torch.zeros(2)), ("config", "lr", torch.zeros(2))):
-            odd = copy.deepcopy(good)
-            at = odd
-            for key in keys[:-1]:
-                at = at[key]
-            at[keys[-1]] = value
-            torch.save(odd, out / "last.pt")
-            status, _, said = program(train, *self.command, "--out", out)
-            self.assertEqual((status, said.count("\n")), (2, 1), (keys, said))
-            self.assertRegex(said, "odd/last.pt", keys)
-
-    def test_no_two_runs_in_one_folder(self):
-        out = self.root / "shared"
-        first = begin(self.root, [*self.command, "--out", out], "slow")
-        while not (out / ".lock").exists():
-            time.sleep(0.05)
-        (self.root / "other").mkdir()
-        second = begin(self.root / "other", [*self.command, "--out", out])
-        second[0].join(60)
-        said = (self.root / "other" / "0.txt").read_text()
-        self.assertEqual((second[0].exitcode, said.count("\n")), (2, 1), said)
-        self.assertRegex(said, "another run is writing there")
-        self.assertEqual(self.finish(first)[0], [0])
-        self.same_as_whole(out, 1)
-        # Without --out each takes a name of its own; what a killed one took is free again.
-        place, script = folder(self), textwrap.dedent(f"""
-            import argparse, sys
-            sys.path[:0] = [{str(HERE)!r}]
-            import train
-            print(train.run_folder(argparse.Namespace(out=None, resume=None, preset="shapes")),
-                  flush=True)
-            sys.stdin.read()
-        """)
-        runs = []
-        for name in (b"runs/shapes\n", b"runs/shapes-2\n", b"runs/shapes\n"):
-            runs.append(subprocess.Popen([sys.executable, "-c", script], cwd=place,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            self.assertEqual(runs[-1].stdout.readline(), name)
-            if len(runs) == 2:
-                runs[0].kill()
-                runs[0].wait()
-        for run in runs:
-            run.communicate()
-        statuses, lines = self.run_out(self.root / "0.txt" / "below")
-        self.assertEqual((statuses, len(lines)), ([2], 1))
-        self.assertRegex(lines[0], "cannot be written to: Not a directory")
-
-    def test_resuming_a_finished_run_and_another_one(self):
-        out = self.root / "finished"
-        shutil.copytree(self.root / "whole1", out)
-        before = (out / "last.pt").read_bytes()
-        self.assertEqual(self.run_out(out)[0], [0])
-        self.assertEqual((out / "last.pt").read_bytes(), before)
-        self.same_as_whole(out, 1)
-        for more, message in ((["--seed", 1], "another run: seed 0 there, 1 here"),
-                              (["--lr", 1], "another run: lr 0.001 there, 1.0 here")):
-            statuses, lines = self.run_out(out, None, 1, *more)
-            self.assertEqual((statuses, len(lines)), ([2], 1), lines)
-            self.assertRegex(lines[0], message)
-
-    def test_seeds(self):
-        """The same seed gives the same weights, as all of these tests show; another, others."""
-        first = model.read_checkpoint(self.root / "whole1" / "best.pt")["tensors"]
-        self.assertEqual(self.run_out(self.root / "seed", None, 1, "--seed", 1)[0], [0])
-        other = model.read_checkpoint(self.root / "seed" / "best.pt")["tensors"]
-        self.assertFalse(all(torch.equal(first[n], other[n]) for n in first))
-
-    def test_few_expressions_for_two_processes(self):
-        place = folder(self)
-        shutil.copytree(self.root / "data", place, dirs_exist_ok=True)
-        path = place / "shapes" / "refs(shapes).p"
-        refs = pickle.loads(path.read_bytes())
-        sentences = [(ref, sentence) for ref in refs if ref["split"] == "val"
-                     for sentence in ref["sentences"]]
-        for number in (0, 1, 2, 3, 7):
-            path.write_bytes(pickle.dumps([ref for ref in refs if ref["split"] == "train"] + [
-                {**ref, "sentences": [sentence]} for ref, sentence in sentences[:number]]))
-            found = []
-            for world in (1, 2):
-                figures = place / f"{world}.json"
-                statuses, lines = self.finish(begin(self.root, [
-                    "--ckpt", self.root / "whole1" / "best.pt", "--data", place, "--split", "val",
-                    "--batch-size", 2, "--json", figures], None, world, "evaluate"))
-                self.assertEqual(statuses, [0 if number else 2] * world, lines)
-                found.append(json.loads(figures.read_text()) if number else lines)
-            self.assertEqual(*found)
-            if number:
-                figures, = found[0].values()
-                self.assertEqual(figures["val"]["expressions"], number)
-            else:
-                self.assertRegex(*found[0], "no split 'val'")
-
-    def test_restarted_by_torchrun(self):
-        script = self.root / "restarted.py"
-        script.write_text(textwrap.dedent(f"""
-            import os, sys
-            sys.path[:0] = [{str(HERE)!r}]
-            import test_all, evaluate, train
-            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                test_all.TRICKS["rank 1"](int(os.environ["RANK"]))
-            if __name__ == "__main__":
-                evaluate.run(train.main)
-        """))
-        out = self.root / "restarted"
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--max-restarts=1", script, *map(str, self.command), "--out", out],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stderr.count("lost another process"), 1)
-        self.same_as_whole(out, 2)
+    def printErrors(self):
+        super().printErrors()
+        for test in sorted(self.seconds, key=self.seconds.get)[:-11:-1]:
+            self.stream.writeln(f"{self.seconds[test]:6.1f} s  {test.id()}")
 
 
 if __name__ == "__main__":
-    unittest.main(verbosity=2, warnings="ignore")    # other packages' deprecations
+    # Other packages' deprecations do not matter here.
+    unittest.main(testRunner=unittest.TextTestRunner(verbosity=2, resultclass=TimedResult,
+                                                     warnings="ignore"))
