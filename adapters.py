@@ -24,9 +24,9 @@ SCALE = 0.2         # of an adapter's output, as in the authors' program
 def normal_linears(module):
     """Initialises every linear layer: normal, std 0.02, zero bias. (The papers give no such rule.)
 
-    ETRIS's bridges and BarLeRIa's intertwiner ask for it. The DenseCross adapter and BarLeRIa's
-    global branch get it from their vision transformer's rule (a normal cut at 100 std), which in
-    DETRIS runs when the adapters are inside the blocks: their first output is close to zero.
+    So start the linear layers of the authors' programs, released later than the papers: DETRIS's
+    DenseCross adapters, ETRIS's bridges, BarLeRIa's intertwiner and global branch. An adapter's
+    first output is then close to zero.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -54,8 +54,8 @@ class BottleneckAdapter(nn.Module):
     """x + scale * Up(ReLU(Down(x))), (B, N, width).
 
     With scale 0.2 this is DCRIS Eq. 3, on the MLP's shortcut of a text block. With scale 1 it is
-    Houlsby et al. (2019), after a block's MLP, before LayerScale and skip connection. That paper
-    adds one after the attention and trains LayerNorms; one alone meets DCRIS Table 2.
+    Houlsby et al. (2019), after a block's MLP, before LayerScale and skip connection. They also add
+    one after the attention, and train LayerNorms; DCRIS Table 2's count matches one alone.
     """
 
     def __init__(self, width, rank, scale):
@@ -107,10 +107,10 @@ class DenseConvolutions(nn.Module):
 class DenseTextAdapter(nn.Module):
     """The text adapter of DETRIS, the DCRIS authors' later program: convolutions over the words.
 
-    With h = ReLU(Down(x)), a word becomes Up([b1, b2, b3] + h): the branches of Eq. 1 in one
-    dimension, and their input once (the DenseCross adapter adds it twice, in Eq. 1 and Eq. 2). The
-    first token skips the branches and becomes Up(2 h). `rank` is a multiple of 16. Layers start as
-    PyTorch makes them, as in that program.
+    With h = ReLU(Down(x)), a word becomes x + 0.2 Up([b1, b2, b3] + h). The branches b are those of
+    Eq. 1 in one dimension. (The DenseCross adapter adds its input twice, in Eq. 1 and Eq. 2.) The
+    first token skips the branches and becomes x + 0.2 Up(2 h). `rank` is a multiple of 16. Layers
+    start as PyTorch initialises them, as in that program.
     """
 
     def __init__(self, width, rank):
@@ -128,7 +128,7 @@ class DenseTextAdapter(nn.Module):
 class CrossAttention(nn.Module):
     """The attention of DCRIS Eq. 2: patches (B, N, rank) read the words (B, L, text_width).
 
-    One projection of the words gives keys and values. As in the authors' program, no padding mask.
+    Both are first projected to `width`. No padding mask, as in the authors' program.
     """
 
     def __init__(self, rank, text_width, dropout, width=128, heads=8):
@@ -146,11 +146,14 @@ class CrossAttention(nn.Module):
 class DenseCrossAdapter(nn.Module):
     """DCRIS Eq. 1-2, beside the MLP of a vision block.
 
-    Takes the block's normed tokens (B, N, width), the text tower's final words (B, L, text_width)
-    and the grid (rows, columns) of the last rows*columns tokens. Returns what is added to the MLP's
-    output, (B, N, width), already times 0.2. `rank` is a multiple of 16. Class and register tokens
-    have no place on the grid; as in the authors' program (the paper does not say), they bypass the
-    branches, so after the residual of Eq. 2 they equal 2 F_v.
+        F_v = ReLU(Down(x))                                     (B, N, rank)
+        F_dense = [b1, b2, b3] + F_v                            Eq. 1; b: `DenseConvolutions`
+        y = 0.2 Up(CrossAttention(F_dense, words) + F_v)        Eq. 2; (B, N, width)
+
+    x (B, N, width) are the block's normed tokens, words (B, L, text_width) the text tower's final
+    ones; y is added to the MLP's output. The last rows*columns tokens are the patches of `grid`.
+    Class and register tokens have no place on it. They skip branches and cross-attention, so Up
+    reads 2 F_v (as in the authors' program; the paper does not say). `rank` is a multiple of 16.
     """
 
     def __init__(self, width, rank, text_width, dropout):
@@ -180,8 +183,8 @@ class NormalizingFlow(nn.Module):
         z_0 = mu + exp(log_sigma) * x,      z_j = z_{j-1} + scale_j * tanh(w_j . z_{j-1} + b_j)
 
     for every token x of (B, N, width). scale, w and b are the paper's lambda, gamma and beta. The
-    paper prints no affine map and a vector beta; the map and a scalar meet its 0.18 million
-    parameters. It says elementwise product; the authors' program takes the inner product, as the
+    paper prints no affine map and a vector beta; its count of 0.18 million matches the map and a
+    scalar. It says elementwise product; the authors' program takes the inner product, as the
     transposed gamma suggests. A flow starts close to the identity. It may stop being invertible
     (w_j . scale_j < -1). The loss has no log-Jacobian (appendix A.2).
     """
@@ -203,11 +206,13 @@ class NormalizingFlow(nn.Module):
 
 
 class Intertwiner(nn.Module):
-    """The projections of BarLeRIa Eq. 2-3, which bring tokens of one tower to the other's width.
+    """The projections of BarLeRIa Eq. 2-3: tokens of one tower at the other's width.
 
-    Words (B, L, text_width) visit the vision tower, the class token (B, 1, vision_width) the text
-    tower. All layers share one pair. The paper writes one matrix, W_proj; two narrow layers meet
-    its 0.39 million parameters.
+        [class, _, image] = vision block([class, P(words), image])      Eq. 2
+        [_, words] = text block([P'(class), words])                     Eq. 3; _: removed again
+
+    Words (B, L, text_width), class token (B, 1, vision_width). All layers share P and P'. The paper
+    writes one matrix, W_proj; its count of 0.39 million parameters matches two narrow layers.
     """
 
     def __init__(self, vision_width, text_width, rank):
@@ -221,12 +226,13 @@ class Intertwiner(nn.Module):
 
 
 def global_prior(words, patches, padding):
-    """BarLeRIa Eq. 4: tokens dissimilar to the expression are scaled towards zero. No parameters.
+    """BarLeRIa Eq. 4: tokens dissimilar to the expression are scaled towards zero.
 
-    Words (B, L, E) and patches (B, N, E) are in CLIP's common space; padding (B, L) is True where
-    there is no word. Returns every token times its weight, (B, L + N, E). The weight is the cosine
-    similarity to the mean of the expression's tokens, start and end too, negatives set to 0. (How
-    many words give one number, the paper does not say.) The towers get no gradient from the prior.
+        p = max(0, cos(t, m)) t      for every token t of words and patches
+
+    m is the mean of the expression's tokens, start and end tokens too. (The paper does not say how
+    it combines the words.) Words (B, L, E) and patches (B, N, E) are in CLIP's common space;
+    padding (B, L) is True where there is no word. Returns (B, L + N, E), which has no gradient.
     """
     words, patches = words.detach(), patches.detach()
     real = ~padding[..., None]
@@ -262,9 +268,12 @@ class GlobalBlock(nn.Module):
 class GlobalShortcutTuning(nn.Module):
     """BarLeRIa Eq. 5-8: a narrow transformer beside the towers, steered by the global prior.
 
-    Its tokens are [queries, words, image]. The image tokens come from its own patch layer and have
-    their own grid of positions. After each block they take in those of one stage of the vision
-    tower, without gradient (section 2.4): of the towers, only the words get this network's.
+        [queries, words, image] = block_i([queries, words, image], p_i)     Eq. 5 (i = 1), Eq. 7
+        image = resized(image) + Linear(LN(stage_i))                        Eq. 8
+
+    The image tokens come from its own patch layer. A stage is the vision tower's patches after some
+    block. Stages and prior get no gradient (section 2.4): only through the words does it reach the
+    towers.
 
     Our choice where the paper is silent: the sum of Eq. 8 goes on into the next block; all stages
     share one LayerNorm and linear layer; queries have no prior; padding counts as words do.
@@ -287,9 +296,8 @@ class GlobalShortcutTuning(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images, words, prior, stages, grid):
-        """Images (B, 3, S, S), words (B, L, text_width), prior (B, L + h*w, embed) and, for each
-        block, a stage of the vision tower, patches (B, h*w, vision_width) of the grid (h, w), to
-        F_out^M (B, out_width, h, w)."""
+        """Images (B, 3, S, S), words (B, L, text_width), prior (B, L + h*w, embed), a stage
+        (B, h*w, vision_width) for each block, and the grid (h, w) to F_out^M (B, out_width, h, w)."""
         x = self.patch(images)
         image_grid = x.shape[-2:]                   # this network's own, until Eq. 8
         image = x.flatten(2).transpose(1, 2)
@@ -326,12 +334,13 @@ def pointwise_bn_relu(width, out_width, std):
 class Bridge(nn.Module):
     """One stage of ETRIS's Bridger (Xu et al., 2023): patches and words read each other.
 
-    Both are reduced to `width` channels. From the second stage on, the stage before's input is
-    added and normed. They read each other, go back to their widths, and are added to the towers'.
+    Both are reduced to `width` channels. From the second stage on, the reduced tokens of the stage
+    before are added, then a LayerNorm follows. Each side attends to the other and is multiplied by
+    the result, which is widened again and added to the tower's tokens.
 
     ETRIS writes one 1x1 convolution of each stage as a transposed one: on the way down in the last
-    stage, else on the way up. It is the same layer with its weight transposed, but PyTorch swaps
-    fan-in and fan-out: both convolutions of a stage start with the same one (Kaiming normal).
+    stage, else on the way up. For it PyTorch swaps fan-in and fan-out, so both convolutions of a
+    stage start with the same std (Kaiming normal).
     """
 
     def __init__(self, vision_width, text_width, width, heads, first_stage, last_stage):
@@ -350,8 +359,8 @@ class Bridge(nn.Module):
     def forward(self, patches, words, before=None):
         """Patches (B, N, vision_width) and words (B, L, text_width), bridged.
 
-        Also returns what this stage's attention took in, (B, N, width) and (B, L, width); `before`
-        is that pair of the stage before.
+        Also returns the reduced tokens, (B, N, width) and (B, L, width); `before` is that pair of
+        the stage before.
         """
         v = self.patches_down(patches.transpose(1, 2)).transpose(1, 2)
         t = self.words_down(words)

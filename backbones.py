@@ -8,6 +8,9 @@ One block, for tokens x (B, N, D), before a tuning method adds to it:
     h = activation(W_up norm(x) + b_up)                  (B, N, 4D)
     x = x + scale (W_down h + b_down)
 
+Shapes: B batch, N tokens, D width, L words, E width of CLIP's common space (`shape.embed`).
+`tower.shape` holds a tower's sizes (`VisionShape`). `grid` is (rows, columns) of patches.
+
 `model.py` runs a tower step by step: `embed`, then each of `blocks`, then `final`. The order in
 which two towers take these steps *is* the tuning method. A method passes its adapters to a block as
 an `Attached` tuple, or wraps one of the block's layers. No adapter is defined in this file.
@@ -62,7 +65,7 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
     if q.device.type == "cpu" and not causal and (dropout or q.dtype == torch.bfloat16):
         x = UnfusedAttention.apply(q, k, v, visible, dropout)
     else:
-        x = F.scaled_dot_product_attention(q, k, v, visible, dropout, causal)   # (B, heads, N, C)
+        x = F.scaled_dot_product_attention(q, k, v, visible, dropout, causal)   # (B, heads, N, ...)
     return x.transpose(1, 2).flatten(2)
 
 
@@ -329,7 +332,8 @@ def after_end(tokens):
 
 
 def freeze(tower):
-    """The tower gets no gradients and stays in eval mode, even after `train()`."""
+    """The parameters get no gradient, but gradients pass through to the adapters. The tower stays in
+    eval mode, even after `train()`."""
     tower.frozen = True
     return tower.requires_grad_(False).eval()
 

@@ -90,6 +90,7 @@ def letterbox(photo, size):
     The longer side is resized to `size` (bicubic), the photo is centred, and the mean colour fills
     the borders.
     """
+    # `warp` fills borders with 0. So the mean colour is subtracted before it, and added afterwards.
     colour = torch.tensor(MEAN_COLOUR, dtype=torch.float32)
     columns = torch.from_numpy(np.array(photo.transpose(Image.Transpose.TRANSPOSE))).flatten(1)
     columns = (columns - colour.repeat(photo.height)).unflatten(1, (-1, 3))         # (W, H, 3)
@@ -184,8 +185,8 @@ class TrainSet(Dataset):
     def __len__(self):
         return len(self.refs)
 
-    def __getitem__(self, place):
-        epoch, index = place
+    def __getitem__(self, epoch_and_index):
+        epoch, index = epoch_and_index
         for skipped in range(len(self.refs)):
             ref = self.refs[(index + skipped) % len(self.refs)]
             try:

@@ -80,7 +80,8 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
 
 
 def collate(samples):
-    """Images and tokens stacked, masks and indices as lists. Broken samples (None) are left out."""
+    """Stacks images and tokens, lists masks and indices. Leaves out broken samples (None); [] if no
+    sample is left."""
     samples = [sample for sample in samples if sample is not None]
     images, tokens, masks, indices = ([sample[key] for sample in samples]
                                       for key in ("image", "tokens", "mask", "index"))

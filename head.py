@@ -1,8 +1,7 @@
 """The segmentation head: neck, decoder, projector (DCRIS section 3.4, BarLeRIa appendix C).
 
-It follows CRIS (Wang et al., 2022) and ETRIS (Xu et al., 2023) with the DCRIS authors' later
-simplification: all three maps have one size, and the projector's kernel comes from the sentence.
-Maps are (B, C, h, w), words (B, L, D), the sentence (B, E).
+It follows CRIS (Wang et al., 2022) and ETRIS (Xu et al., 2023), simplified as in the DCRIS authors'
+later program. The three maps (B, C, h, w) have one size; words are (B, L, D), the sentence (B, E).
 """
 
 import torch
@@ -40,11 +39,11 @@ def conv_bn_relu(channels, out_channels, kernel=1, layer=nn.Conv2d):
 
 
 class Gate(nn.Module):
-    """Multi-head cross-attention of a map to one token, the sentence: a gate for each channel.
+    """A factor for each channel of a map, from the sentence s: x * (W_o (W_v s + b_v) + b_o).
 
-    With one key the softmax is 1. So queries, keys and heads have no effect, and the attention of
-    every pixel is W_o (W_v s + b_v) + b_o. CRIS multiplies the map by it. The layers start as those
-    of PyTorch's attention: W_q, W_k, W_v are one matrix, of Xavier's bound sqrt(6 / (4 width)).
+    CRIS writes it as multi-head attention of every pixel to one token, s. With one key the softmax
+    is always 1, so queries, keys and heads have no effect and are left out. The layers start as in
+    PyTorch's attention, where W_q, W_k and W_v are one matrix: Xavier, bound sqrt(6 / (4 width)).
     """
 
     def __init__(self, width):
@@ -62,8 +61,11 @@ class Gate(nn.Module):
 class Neck(nn.Module):
     """The cross-modal neck (DCRIS Eq. 4, BarLeRIa Eq. 11).
 
-    Three maps (B, C_i, h, w) and the sentence (B, E) to one map (B, width, h, w). With `residual`
-    the fused map F_f is added at the end (DCRIS's authors do so; BarLeRIa and ETRIS do not).
+        F_f = ConvBnReLU([gate(ConvBnReLU(f), sentence) for each map f])                1x1
+        out = ConvBnReLU(ConvBnReLU([F_f, F_coord]))            3x3; F_coord: x and y in [-1, 1]
+
+    Three maps (B, C_i, h, w), sentence (B, E) to one map (B, width, h, w); only DCRIS's authors add
+    F_f at the end (`residual`).
     """
 
     def __init__(self, channels, sentence_width, width, residual):
@@ -110,7 +112,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm self-attention, attention to the words, feed-forward: x (B, h*w, width) to the same.
 
     Each attention's output passes a second LayerNorm before dropout and residual. Words are
-    (B, L, text_width), `places` and `word_places` both positions; padding is True without a word.
+    (B, L, text_width); `places` (h*w, width) and `word_places` (L, text_width) are the positions.
     """
 
     def __init__(self, width, text_width, heads, dropout):
@@ -163,7 +165,7 @@ class Projector(nn.Module):
 
         F_c = conv1x1(ConvBnReLU(up(ConvBnReLU(up(x)))))    up: bilinear by 2; ConvBnReLU: 3x3
         F_l = linear(sentence)                              a 3x3 kernel and a bias
-        logits = F_l * F_c                                  a convolution, a sample with its own
+        logits = conv3x3(F_c, F_l)                          each sample has its own kernel
 
     Map x (B, width, h, w) and sentence (B, E) to logits (B, 1, 4h, 4w), in single precision or
     double. The 1x1 convolution is folded into the kernel.
@@ -183,8 +185,8 @@ class Projector(nn.Module):
         for layer in larger:
             x = layer(x)                                                    # at last (B, C, 4h, 4w)
         kernel, bias = self.sentence(sentence).split([self.channels * 9, 1], dim=1)     # F_l
-        # F_c = W x + b for every pixel, so F_l . F_c = (F_l W) . x + F_l . b. All nine taps are one
-        # product. `fold` scatters them to the pixels that a convolution would gather for: `flip`.
+        # F_c = W x + b, so F_l . F_c = (F_l W) . x + F_l . b at each of the kernel's 9 positions
+        # (taps). `fold` moves products the other way than a convolution reads, hence `flip`.
         kernel = kernel.unflatten(1, (self.channels, 9)).flip(2)            # (B, C, 9)
         constant = torch.einsum("bck,c->bk", kernel, last.bias)[..., None]  # (B, 9, 1)
         kernel = torch.einsum("bck,cd->bkd", kernel, last.weight[..., 0, 0])    # (B, 9, C)
@@ -196,9 +198,8 @@ class Projector(nn.Module):
 class UpsampledConvolution(nn.Conv2d):
     """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w). No bias.
 
-    Both are linear, so their order can change: first the nine taps, as one linear layer of the
-    small map's pixels, then a matrix for the rows and one for the columns, which upsample each
-    tap's result, move it to its place and add up. That is a third of the multiplications.
+    Both are linear, so they can swap: one linear layer computes all taps of the small map's pixels,
+    a matrix for rows and one for columns upsample, move and add them: a third of the products.
     """
 
     def forward(self, x):
@@ -214,7 +215,7 @@ class UpsampledConvolution(nn.Conv2d):
 
 
 def upsample_and_shift(side, device):
-    """(3, side, 2 * side): for each tap k of the kernel, what entry i of a row adds to entry j of
-    the upsampled row, which tap k reads at j + k - 1. Zeros beyond the ends."""
+    """(3, side, 2 * side): entry [k, i, j] is the weight of pixel i of a row in pixel j + k - 1 of
+    the upsampled row, which tap k reads for its output pixel j. Zeros beyond the ends."""
     up = F.interpolate(torch.eye(side, device=device)[None], scale_factor=2, mode="linear")[0]
     return torch.stack([F.pad(up, (1 - k, k - 1)) for k in range(3)])

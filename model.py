@@ -154,8 +154,9 @@ def feature_maps(vision, images, wanted, attached):
 class BarLeRIa(nn.Module):
     """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side and a global branch.
 
-    Both are CLIP's and frozen. Their blocks have normalizing flows on their shortcuts and receive
-    visiting tokens from the other tower. The global branch reads the image after every third block.
+    Both are CLIP's, and frozen except for their position embeddings. Their blocks have normalizing
+    flows on their shortcuts and receive visiting tokens from the other tower. The global branch
+    reads the patches after every third of 12 blocks.
     """
 
     def __init__(self, config, vision, text):
@@ -186,10 +187,10 @@ class BarLeRIa(nn.Module):
         if self.global_branch is not None:
             prefix = self.vision.prefix
             prior = global_prior(self.text.project(words), projected[:, prefix:], padding)
-            step = len(after_block) // self.config.global_blocks    # 3: blocks 3, 6, 9, 12 from 1
+            step = len(after_block) // self.config.global_blocks    # 3: after blocks 2, 5, 8, 11
             stages = [x[:, prefix:] for x in after_block[step - 1::step]]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
-        return self.head(features, words, sentence, padding, shortcut)
+        return self.head(features, words, sentence, padding, shortcut)          # Eq. 9
 
     def local_branch(self, images, tokens, grid):
         """BarLeRIa Eq. 2-3: both towers block by block, with visiting tokens.
@@ -256,7 +257,7 @@ class ETRIS(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, prefix = self.vision.grid(images), self.vision.prefix
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        rotary, entered, after_block = self.vision.rotary_tables(grid), None, []
+        rotary, reduced, after_block = self.vision.rotary_tables(grid), None, []
         visual_step, text_step = (len(tower.blocks) // len(self.bridges)
                                   for tower in (self.vision, self.text))
         for i, bridge in enumerate(self.bridges):
@@ -265,7 +266,7 @@ class ETRIS(nn.Module):
                 after_block.append(x)
             for block in self.text.blocks[text_step * i:text_step * (i + 1)]:
                 words = block(words)
-            patches, words, entered = bridge(x[:, prefix:], words, entered)
+            patches, words, reduced = bridge(x[:, prefix:], words, reduced)
             after_block[-1] = x = torch.cat([x[:, :prefix], patches], dim=1)
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
