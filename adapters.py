@@ -24,9 +24,8 @@ SCALE = 0.2         # of an adapter's output, as in the authors' program
 def normal_linears(module):
     """Initialises every linear layer: normal, std 0.02, zero bias. (The papers give no such rule.)
 
-    So start the linear layers of the authors' programs, released later than the papers: DETRIS's
-    DenseCross adapters, ETRIS's bridges, BarLeRIa's intertwiner and global branch. An adapter's
-    first output is then close to zero.
+    It is the rule of the authors' programs for DenseCross adapters, ETRIS's bridges, BarLeRIa's
+    intertwiner and global branch. An adapter's first output is then close to zero.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -296,8 +295,8 @@ class GlobalShortcutTuning(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images, words, prior, stages, grid):
-        """Images (B, 3, S, S), words (B, L, text_width), prior (B, L + h*w, embed), a stage
-        (B, h*w, vision_width) for each block, and the grid (h, w) to F_out^M (B, out_width, h, w)."""
+        """Images (B, 3, S, S), words (B, L, text_width), prior (B, L + h*w, embed), for each block
+        a stage (B, h*w, vision_width), and the grid (h, w), to F_out^M (B, out_width, h, w)."""
         x = self.patch(images)
         image_grid = x.shape[-2:]                   # this network's own, until Eq. 8
         image = x.flatten(2).transpose(1, 2)

@@ -332,8 +332,8 @@ def after_end(tokens):
 
 
 def freeze(tower):
-    """The parameters get no gradient, but gradients pass through to the adapters. The tower stays in
-    eval mode, even after `train()`."""
+    """Its parameters get no gradient (gradients pass through to the adapters), and it stays in eval
+    mode, even after `train()`."""
     tower.frozen = True
     return tower.requires_grad_(False).eval()
 
