@@ -73,7 +73,7 @@ class Neck(nn.Module):
         self.residual = residual
         self.sentence = Linear(sentence_width, width)
         self.maps = nn.ModuleList(conv_bn_relu(c, width) for c in channels)
-        # The authors write the third one as a transposed convolution, whose fan-in is other.
+        # The authors write the third one as a transposed convolution, which has another fan-in.
         nn.init.kaiming_uniform_(self.maps[2][0].weight.transpose(0, 1), a=5 ** 0.5)
         self.gates = nn.ModuleList(Gate(width) for _ in channels)
         self.fuse = conv_bn_relu(len(channels) * width, width)

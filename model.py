@@ -586,11 +586,10 @@ def tuned_tensors(model):
 
 
 @contextlib.contextmanager
-def replacing(path, previous=None):
+def replacing(path):
     """Opens a binary file for writing; it becomes `path` once it is complete and on the disk.
 
-    The file that was at `path` becomes `previous`, if given. Raises OSError, which names `path`;
-    the old file is then still at `path`, or at `previous`.
+    Raises OSError, which names `path`; the old file is then still there.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -598,8 +597,6 @@ def replacing(path, previous=None):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if previous and os.path.exists(path):
-            os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, ValueError, RuntimeError) as error:
         # torch.save turns the OSError of a full disk into a RuntimeError.
@@ -611,12 +608,12 @@ def replacing(path, previous=None):
             os.remove(temporary)
 
 
-def save(path, model, previous=None, **more):
+def save(path, model, **more):
     """Writes a checkpoint: configuration, the towers' file names and SHA-256, tuned tensors.
 
-    It also holds the plain values and tensors in `more`. `previous` and OSError: see `replacing`.
+    It also holds the plain values and tensors in `more`. Raises OSError.
     """
-    with replacing(path, previous) as file:
+    with replacing(path) as file:
         torch.save({"config": asdict(model.config), "towers": model.sources,
                     "tensors": tuned_tensors(model), **more}, file)
 
