@@ -55,9 +55,7 @@ import loss
 import model
 
 
-# ---------------------------------------------------------------------------------------------
-# One step, one epoch
-# ---------------------------------------------------------------------------------------------
+# ---- One step, one epoch --------------------------------------------------------------------
 
 @dataclass
 class Progress:
@@ -181,9 +179,7 @@ class Trainer:
             raise model.WeightsError(f"{self.path}: not this run's last.pt, {error!r}") from error
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------
+# ---- The run --------------------------------------------------------------------------------
 
 def train(args, config, init, rank, world, device):
     """The whole run, in each process. `init`: (path, checkpoint) of --init, or None."""
@@ -297,9 +293,7 @@ def load_data(args, config, init, rank, world):
             data.ExpressionSet(val_refs, tokenizer, *size, args.skip_broken))
 
 
-# ---------------------------------------------------------------------------------------------
-# The same training on any number of processes
-# ---------------------------------------------------------------------------------------------
+# ---- The same training on any number of processes -------------------------------------------
 
 class GlobalBatches:
     """This process's share of every global batch, as lists of (epoch, index).
@@ -387,9 +381,7 @@ def batch_norm_over_processes(layer, x):
     return torch.addcmul(shift, wide, scale).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------
-# Folder, resume, log
-# ---------------------------------------------------------------------------------------------
+# ---- Folder, resume, log --------------------------------------------------------------------
 
 def lock_folder(out):
     """Makes the folder OUT and keeps other runs out of it until this process ends. OSError."""
@@ -457,9 +449,7 @@ def show_epoch(out, rows):
                 board.add_scalar(key, value, row["epoch"])
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------
 
 def parse_arguments():
     parser = evaluate.Parser(
@@ -519,8 +509,9 @@ def configuration(args, init):
     The length depends on the data set. The towers of `init` bring their names, and are frozen.
     Raises ConfigError.
     """
+    preset = asdict(model.PRESETS[args.preset])
     overrides = {name: value for name, value in vars(args).items()
-                 if name in asdict(model.PRESETS[args.preset]) and value is not None}
+                 if name in preset and value is not None}
     if args.dataset in data.LENGTHS:
         overrides.setdefault("length", data.LENGTHS[args.dataset])
     if init:
@@ -543,9 +534,7 @@ def main():
         action(args, configuration(args, init), init, rank, world, device)
 
 
-# ---------------------------------------------------------------------------------------------
-# The benchmark, and memory
-# ---------------------------------------------------------------------------------------------
+# ---- The benchmark, and memory --------------------------------------------------------------
 
 def bench(args, config, init, rank, world, device):
     """Times forward pass and step on random numbers, and the loader on photos.
