@@ -95,9 +95,7 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-# ---------------------------------------------------------------------------------------------
-# Plain restatements: the layers as their formulas, with nothing but sums and products
-# ---------------------------------------------------------------------------------------------
+# ---- Plain restatements: the layers as their formulas, with nothing but sums and products ---
 
 def plain_conv(x, weight, bias):
     high, wide = weight.shape[-2:]
@@ -783,8 +781,7 @@ class Towers(unittest.TestCase):
 
     def mixed(self, q, k, v):
         """Attention of heads of 64 channels; (N, D)."""
-        return torch.cat([(q[:, p] @ k[:, p].T / 8).softmax(-1) @ v[:, p] for p in (
-            slice(i, i + 64) for i in range(0, q.shape[1], 64))], -1)
+        return plain_heads(q[None], k[None], v[None], q.shape[1] // 64)[0]
 
     def test_dinov2_by_hand(self):
         """One block, written out from the official names."""
@@ -872,12 +869,6 @@ class Towers(unittest.TestCase):
 
     def test_legacy_positions(self):
         """DINOv2's first release: cubic (a = -0.75), by the ratio of rows + 0.1 to those stored."""
-        def cubic(distance, a=-0.75):
-            d = abs(distance)
-            if d <= 1:
-                return (a + 2) * d ** 3 - (a + 3) * d ** 2 + 1
-            return a * d ** 3 - 5 * a * d ** 2 + 8 * a * d - 4 * a if d < 2 else 0.0
-
         tower = backbones.ViT(backbones.VisionShape(14, 64, 1, 1, grid=25, registers=4))
         values = torch.randn(25)
         with torch.no_grad():                           # alike along the columns
@@ -887,7 +878,7 @@ class Towers(unittest.TestCase):
             found = tower.positions((rows, rows))[0, 1:, 0].unflatten(0, (rows, rows))[:, 0]
             for i in range(rows):
                 at = (i + 0.5) * 25 / (rows + 0.1) - 0.5
-                expected = sum(float(values[min(max(j, 0), 24)]) * cubic(at - j)
+                expected = sum(float(values[min(max(j, 0), 24)]) * weight(at - j, cubic=True)
                                for j in range(math.floor(at) - 1, math.floor(at) + 3))
                 self.assertAlmostEqual(float(found[i].detach()), expected, places=4)
 
@@ -1233,6 +1224,11 @@ class Checkpoints(unittest.TestCase):
             self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
             self.assertFalse(again.training)
             self.assertFalse(any(p.requires_grad for p in again.vision.parameters()))
+            name = "vision.class_token"         # a frozen tower comes from its file alone
+            torch.save({**held, "config": asdict(held["config"]), "tensors": {
+                **held["tensors"], name: net.vision.class_token + 1}}, place / "b.pt")
+            with self.assertRaisesRegex(backbones.WeightsError, f"unexpected, the first: {name}"):
+                model.load(place / "b.pt")
             torch.save(dinov2_state(64, grid=4), place / "v.pth")         # other numbers
             with self.assertRaisesRegex(backbones.WeightsError, "SHA-256"):
                 model.load(place / "a.pt")
