@@ -238,18 +238,16 @@ def singled_out(photo, mask):
 
 def curves(log, width=420, height=260):
     """A picture of a run by epoch. `log`: a dictionary an epoch, with epoch, loss, miou, oiou."""
-    font = ImageFont.load_default(13)
     sheet = Image.new("RGB", (2 * width, height), "white")
-    pen = ImageDraw.Draw(sheet)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for origin, series in ((0, [("loss", "training loss", "#2962d6")]),
                            (width, [("miou", "mIoU on val", "#d63031"),
                                     ("oiou", "oIoU on val", "#279a4a")])):
         left, top, right, bottom = origin + 50, 30, origin + width - 20, height - 40
-        highest = 1.05 * max(1e-9, *(row[key] for row in log for key, *_ in series))
+        highest = max(1e-9, *(row[key] for row in log for key, *_ in series))
         pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
-        for share in (0, 0.5, 1):
-            y = bottom - share * (bottom - top)
-            pen.text((left - 6, y), f"{share * highest:.3g}", "#555555", font, "rm")
+        pen.text((left - 6, top), f"{highest:.3g}", "#555555", font, "rm")
+        pen.text((left - 6, bottom), "0", "#555555", font, "rm")
         pen.text((left, bottom + 8), "epoch 1", "#555555", font)
         pen.text((right, bottom + 8), str(log[-1]["epoch"]), "#555555", font, "ra")
         for i, (key, name, colour) in enumerate(series):
@@ -311,8 +309,7 @@ def parse_arguments():
     if not 3 <= (args.length or 17) <= 77 or args.batch_size < 1 or args.workers < 0:
         parser.error("--length is from 3 to 77, --batch-size at least 1, --workers at least 0")
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
-    inputs = (args.image, *args.ckpt, args.vision_weights, args.text_weights, args.vocabulary)
-    inputs = [os.path.realpath(path) for path in inputs if path]
+    inputs = [os.path.realpath(path) for path in (args.image, *args.ckpt) if path]
     for path in filter(None, (args.json, args.panel, args.output, args.mask)):
         if os.path.exists(path) and (os.path.realpath(path) in inputs or not os.path.isfile(path)):
             parser.error(f"{path} is an input, or not a file; write to another place")
@@ -402,7 +399,7 @@ def run(main):
 def report_error(error, aloud=True):
     """Prints an error, in one line where that is enough. Returns the exit status."""
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
-        return 130 if isinstance(error, KeyboardInterrupt) else error.code or 0
+        return getattr(error, "code", 130) or 0
     text = str(error)
     if isinstance(error, BAD_INPUT):
         # The error of a loader's worker contains a traceback, and the error as its last line.

@@ -591,7 +591,7 @@ def replacing(path):
 
     Raises OSError, which names `path`; the old file is then still there.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file

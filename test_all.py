@@ -2249,10 +2249,10 @@ class Runs(unittest.TestCase):
             net.forward = lambda images, tokens, net=net: nn.Conv2d.forward(net, images.double())
             batches = train.GlobalBatches(len(samples), 8, micro, 0, 1, seed=0)
             loader = torch.utils.data.DataLoader(samples, batch_sampler=batches)
-            trainer = train.Trainer(net, 1.0, 0, batches, CPU, None)
+            trainer = train.Trainer(net, 1.0, batches, CPU, None)
             trainer.optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
             with mock.patch.object(trainer, "save"), contextlib.redirect_stderr(io.StringIO()):
-                trainer.epoch(loader, 0, "")
+                trainer.epoch(loader, 0, [], "")
             results.append([*net.weight.detach().flatten(), trainer.progress.loss / 6])
         self.assertLess(np.ptp(results, axis=0).max(), 1e-12)
         self.assertGreater(float((net.weight - start).abs().max()), 0.05)
@@ -2358,7 +2358,7 @@ class Runs(unittest.TestCase):
                 (["--image-size", "65"], "image_size 65"),
                 (["--visual-adapter-layers", "1", "9"], "the tower has 4 blocks"),
                 (["--micro-batch", "5"], "micro-batches of 5; change"),
-                (["--batch-size", "9999"], "only .* refs"),
+                (["--batch-size", "9999"], "more than the .* refs"),
                 (["--out", place / "file"], "file"),
                 (["--out", place / "other", "--lr", 1, "--seed", 1],
                  "another run: lr 0.001 there, 1.0 here; seed 0 there, 1 here; --out DIR"),
@@ -2440,7 +2440,7 @@ class Runs(unittest.TestCase):
                                       r"last.pt, if saved, is from before; try a lower --lr")):
             out = f"said {trick} {message[:5]}"
             statuses, lines = self.run_out(out, trick, 2, *more)
-            self.assertEqual(len(lines), 1, lines)
+            self.assertEqual(len(lines), 1, (trick, lines))
             self.assertRegex(lines[0], message)
             self.assertIn(status, statuses)
         for out in ("said not finite the l", "said full disk last."):

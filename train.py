@@ -11,10 +11,10 @@
 The batch size is global: the same command means the same training on any number of processes.
 
 The folder OUT (default: runs/PRESET) is the run. It holds log.jsonl (one object an epoch), last.pt,
-best.pt (by mIoU on val), val.png, curves.png, and TensorBoard's events if that is installed. The
-same command continues a stopped run from last.pt, and ends with the weights of an undisturbed run
-(up to rounding on GPUs). SIGTERM and Ctrl-C stop the run after the current step (on GPUs after at
-most ten more) and save it. A second signal ends it at once.
+best.pt (by mIoU on val), val.png and curves.png. The same command continues a stopped run from
+last.pt, and ends with the weights of an undisturbed run (up to rounding on GPUs). SIGTERM and
+Ctrl-C stop the run after the current step (on GPUs after at most ten more) and save it. A second
+signal ends it at once.
 """
 
 import argparse
@@ -32,9 +32,8 @@ import statistics
 import sys
 import tempfile
 import time
-import typing
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -72,9 +71,9 @@ class Progress:
 class Trainer:
     """A model, its optimizer and its progress."""
 
-    def __init__(self, net, lr, seed, batches, device, dtype, path=None, metadata=None):
-        self.net, self.seed, self.batches = net, seed, batches
-        self.rank, self.world, self.device, self.dtype = batches.rank, batches.world, device, dtype
+    def __init__(self, net, lr, batches, device, dtype, path=None, metadata=None):
+        self.net, self.batches, self.device, self.dtype = net, batches, device, dtype
+        self.seed, self.rank, self.world = batches.seed, batches.rank, batches.world
         self.path, self.metadata = path, metadata       # of last.pt
         learned = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=lr, fused=True)
@@ -135,7 +134,7 @@ class Trainer:
         self.progress.skipped += int(skipped)
         return signals > 0
 
-    def epoch(self, loader, save_every, name):
+    def epoch(self, loader, save_every, received, name):
         """Trains to the end of the current epoch, from the step where the progress is.
 
         Saves at the end and every `save_every` steps. SystemExit, saved, if a process got a signal.
@@ -147,8 +146,8 @@ class Trainer:
         stop, samples = False, iter(loader)
         begun = time.monotonic() - progress.seconds
         self.net.train()
-        with catch_signals() as received, tqdm(initial=progress.step, total=steps, unit="step",
-                                               desc=name, disable=self.rank > 0) as bar:
+        with tqdm(initial=progress.step, total=steps, unit="step", desc=name,
+                  disable=self.rank > 0) as bar:
             while progress.step < steps and not stop:
                 self.step(samples)
                 bar.update()
@@ -159,9 +158,10 @@ class Trainer:
                     bar.set_postfix(loss=f"{progress.loss / progress.step:.4f}", refresh=False)
                 if to_save or stop:
                     self.save()
-            # Also for signals since the last reading. No process leaves before the first has saved.
-            if any(evaluate.from_all(stop or bool(received), self.world)):
-                sys.exit(128 + (received or [signal.SIGTERM])[0])
+        if stop:
+            if self.world > 1:
+                dist.barrier()          # no process leaves before the first has saved
+            sys.exit(128 + (received or [signal.SIGTERM])[0])
 
     def save(self):
         """Writes last.pt, from which `restore` continues. Raises OSError."""
@@ -196,25 +196,24 @@ def train(args, config, init, rank, world, device):
            "vocabulary": hashlib.sha256(tokenizer.text.encode()).hexdigest()}
     vocabulary = {} if config.text in model.PUBLISHED else {"text": tokenizer.text}
     metadata = {"run": run, "vocabulary": vocabulary}
-    torch.manual_seed(args.seed)
     last, checkpoint = out / "last.pt", None
     if last.exists():
         checkpoint = read_same_run(last, config, run)
-        net = model.load(last, args.vision_weights, args.text_weights, checkpoint).to(device)
+        net = model.load(last, args.vision_weights, args.text_weights, checkpoint)
     else:
-        net = build_net(args, config, init).to(device)
-    trainer = Trainer(net, config.lr, args.seed, batches, device, dtype, last, metadata)
+        net = build_net(args, config, init)
+    trainer = Trainer(net.to(device), config.lr, batches, device, dtype, last, metadata)
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint                  # frees the second copy of weights and optimizer
     loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
-    progress = trainer.progress
+    progress, received = trainer.progress, catch_signals()
     for epoch in range(progress.epoch, config.epochs + 1):
         lr = config.lr * 0.1 ** sum(epoch > end for end in config.milestones)
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
-        trainer.epoch(loader, args.save_every, f"epoch {epoch}/{config.epochs}")
+        trainer.epoch(loader, args.save_every, received, f"epoch {epoch}/{config.epochs}")
 
         begun = time.monotonic()
         table = evaluate.overlaps(net, val_set, device, None, config.batch_size, args.workers,
@@ -247,6 +246,7 @@ def train(args, config, init, rank, world, device):
 
 def build_net(args, config, init):
     """The network at the start of a run. ConfigError for a frozen tower without weights."""
+    torch.manual_seed(args.seed)
     if init or args.random_towers:
         return model.build(config, init=init)
     towers = model.find_weights(config, args.vision_weights, args.text_weights)
@@ -263,29 +263,20 @@ def load_data(args, config, init, rank, world):
     The vocabulary is CLIP's for a published text tower, that of the run in --init, or else the
     data set's. Raises ConfigError, DataError, OSError.
     """
-    folder = Path(args.data) / args.dataset
+    folder = Path(args.data, args.dataset)
     if rank == 0 and args.dataset in data.DOMAINS and not folder.exists():
-        try:
-            data.draw_shapes(args.data, name=args.dataset)
-        except OSError:
-            if not folder.exists():     # otherwise another run has drawn it at the same time
-                raise
+        data.draw_shapes(args.data, name=args.dataset)
     if world > 1:
         dist.barrier()
-    if args.vocabulary:
-        vocabulary = args.vocabulary
-    elif init:
+    vocabulary = args.vocabulary or folder / "merges.txt"
+    if init:
         vocabulary = init[1]["vocabulary"]["text"].encode()
     elif config.text in model.PUBLISHED:
-        vocabulary = model.find_published("vocabulary")
-    else:
-        vocabulary = folder / "merges.txt"
+        vocabulary = model.find_published("vocabulary", args.vocabulary)
     tokenizer = evaluate.make_tokenizer(vocabulary, config)
     refs, broken = data.read_split(args.data, args.dataset, "train", args.skip_broken,
                                    args.keep_leaks)
     val_refs, _ = data.read_split(args.data, args.dataset, "val", args.skip_broken)
-    if len(refs) < config.batch_size:
-        raise model.ConfigError(f"batch_size {config.batch_size}, but only {len(refs)} refs")
     if broken and rank == 0:
         print(f"{broken} broken entries left out of all splits", file=sys.stderr)
     size = config.image_size, config.length
@@ -306,10 +297,11 @@ class GlobalBatches:
     def __init__(self, samples, batch, micro, rank, world, seed):
         local = batch // world
         self.micro = min(micro or local, local)
-        if batch % world or local % self.micro:
+        if samples < batch or batch % world or local % self.micro:
             raise model.ConfigError(
-                f"batch_size {batch} cannot be divided into equal shares of {world} process(es), "
-                f"each in micro-batches of {self.micro}; change --batch-size or --micro-batch")
+                f"batch_size {batch} is more than the {samples} refs, or cannot be divided into "
+                f"equal shares of {world} process(es), each in micro-batches of {self.micro}; "
+                f"change --batch-size or --micro-batch")
         self.samples, self.batch, self.local, self.seed = samples, batch, local, seed
         self.rank, self.world, self.micro_batches = rank, world, local // self.micro
         self.epoch, self.step = 1, 0
@@ -386,8 +378,6 @@ def batch_norm_over_processes(layer, x):
 def lock_folder(out):
     """Makes the folder OUT and keeps other runs out of it until this process ends. OSError."""
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob("*.[0-9]*.tmp"):       # of a process that was killed while it wrote
-        left.unlink()
     lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)       # stays open
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -409,22 +399,18 @@ def read_same_run(path, config, run):
     return checkpoint
 
 
-@contextlib.contextmanager
 def catch_signals():
-    """Yields a list to which the first SIGTERM or SIGINT is added. A second ends the process."""
+    """A list to which the first SIGTERM or SIGINT will be added. A second ends the process."""
     received = []
 
     def note(number, frame):
         received.append(number)
-        for number in usual:
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
 
-    usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return received
 
 
 def leave_signals_to_parent(worker):
@@ -434,7 +420,7 @@ def leave_signals_to_parent(worker):
 
 
 def show_epoch(out, rows):
-    """Writes log.jsonl, curves.png and TensorBoard's events, and prints the last row."""
+    """Writes log.jsonl and curves.png, and prints the last row."""
     with model.replacing(out / "log.jsonl") as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     evaluate.save_picture(evaluate.curves(rows), out / "curves.png")
@@ -442,11 +428,6 @@ def show_epoch(out, rows):
     tqdm.write(f"epoch {row['epoch']}: loss {row['loss']:.4f}, val mIoU {row['miou']:.2f}, "
                f"oIoU {row['oiou']:.2f}, P@0.5 {row['p50']:.2f}, "
                f"{row['images_per_s']:.0f} images/s, {row['seconds']:.0f} s")
-    with contextlib.suppress(ImportError):
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(str(out), purge_step=row["epoch"]) as board:
-            for key, value in row.items():
-                board.add_scalar(key, value, row["epoch"])
 
 
 # ---- Command line ---------------------------------------------------------------------------
@@ -454,52 +435,48 @@ def show_epoch(out, rows):
 def parse_arguments():
     parser = evaluate.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="shapes", choices=model.PRESETS)
-    parser.add_argument("--dataset", metavar="NAME",
-                        help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes, "
-                             "shapes-b or a folder of DATA (default of presets shapes*: shapes)")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/PRESET)")
-    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS",
-                        help="write last.pt also every so many steps of an epoch")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                        help="samples a process takes at once; gradients add up to the batch")
-    parser.add_argument("--keep-leaks", action="store_true",
-                        help="mixed: train also on photos of the val and test splits, as the "
-                             "authors of DCRIS did")
-    parser.add_argument("--init", metavar="CKPT",
-                        help="take towers and vocabulary from this run on drawn data, and freeze "
-                             "the towers (but for shapes-full)")
-    parser.add_argument("--random-towers", action="store_true",
-                        help="towers without their weights, e.g. to try out a machine")
-    parser.add_argument("--bench", action="store_true",
-                        help="time forward pass, step and loader instead of training")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of the benchmark")
-    parser.add_argument("--json", metavar="OUT.json", help="also write its figures here")
+    add = parser.add_argument
+    add("--preset", default="shapes", choices=model.PRESETS)
+    add("--dataset", metavar="NAME",
+        help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes, shapes-b or a "
+             "folder of DATA (default of presets shapes*: shapes)")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/PRESET)")
+    add("--save-every", type=int, default=0, metavar="STEPS",
+        help="write last.pt also every so many steps of an epoch")
+    add("--seed", type=int, default=0)
+    add("--micro-batch", type=int, default=0, metavar="N",
+        help="samples a process takes at once; gradients add up to the batch")
+    add("--keep-leaks", action="store_true",
+        help="mixed: train also on photos of the val and test splits, as DCRIS's authors did")
+    add("--init", metavar="CKPT", help="take towers and vocabulary from this run on drawn data, "
+                                       "and freeze the towers (but for shapes-full)")
+    add("--random-towers", action="store_true",
+        help="towers without their weights, e.g. to try out a machine")
+    add("--bench", action="store_true", help="time forward pass, step and loader; train nothing")
+    add("--rounds", type=int, default=5, metavar="N", help="of the benchmark")
+    add("--json", metavar="OUT.json", help="also write its figures here")
     evaluate.add_shared_arguments(parser, precision="auto")
     group = parser.add_argument_group("fields of the configuration",
                                       "default: the preset's; model.Config says what each is. "
                                       "A list of layers without a number switches adapters off, "
                                       "--milestones without one keeps the rate constant")
-    for name, kind in typing.get_type_hints(model.Config).items():
-        options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-                   {"type": kind, "metavar": kind.__name__.upper()} if kind in (int, float, str)
-                   else {"type": int, "nargs": "*", "metavar": "N"})
-        group.add_argument("--" + name.replace("_", "-"), **options)
+    for field in fields(model.Config):
+        options = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
+                   {"type": field.type} if field.type in (int, float, str) else
+                   {"type": int, "nargs": "*"})
+        group.add_argument("--" + field.name.replace("_", "-"), **options)
     args = parser.parse_args()
-    drawn = model.PRESETS[args.preset].text not in model.PUBLISHED
-    args.dataset = args.dataset or ("shapes" if drawn else None)
-    for wrong, message in (
-            (args.dataset is None and not args.bench,
-             f"--preset {args.preset} needs --dataset NAME"),
-            (min(args.workers, args.micro_batch, args.save_every, args.rounds - 1) < 0,
-             "--workers, --micro-batch and --save-every are at least 0, --rounds at least 1"),
-            (args.init and (args.random_towers or args.vision_weights or args.text_weights
-                            or args.vocabulary),
-             "--init brings towers and vocabulary; leave --random-towers, --vision-weights, "
-             "--text-weights and --vocabulary away")):
-        if wrong:
-            parser.error(message)
+    if args.dataset is None and model.PRESETS[args.preset].text not in model.PUBLISHED:
+        args.dataset = "shapes"
+    if args.dataset is None and not args.bench:
+        parser.error(f"--preset {args.preset} needs --dataset NAME")
+    if min(args.workers, args.micro_batch, args.save_every, args.rounds - 1) < 0:
+        parser.error("--workers, --micro-batch and --save-every are at least 0, --rounds at "
+                     "least 1")
+    given = args.random_towers, args.vision_weights, args.text_weights, args.vocabulary
+    if args.init and any(given):
+        parser.error("--init brings towers and vocabulary; leave --random-towers and the "
+                     "options for files away")
     return args
 
 
@@ -537,16 +514,20 @@ def main():
 # ---- The benchmark, and memory --------------------------------------------------------------
 
 def bench(args, config, init, rank, world, device):
-    """Times forward pass and step on random numbers, and the loader on photos.
+    """Times forward pass and step on random numbers, large matrix products, and the loader.
 
     The first process prints its own times, taken while all processes work, and writes them as
-    JSON if asked to. `share`: of the faster of two ways to multiply large matrices.
+    JSON if asked to. `share`: of the speed of large products.
     """
     dtype = evaluate.precision_type(args.precision, device)
     torch.manual_seed(args.seed)
-    batches = GlobalBatches(0, config.batch_size, args.micro_batch, rank, world, args.seed)
-    trainer = Trainer(model.build(config).to(device), config.lr, args.seed, batches, device, dtype)
+    batches = GlobalBatches(config.batch_size, config.batch_size, args.micro_batch, rank, world, args.seed)
+    trainer = Trainer(model.build(config).to(device), config.lr, batches, device, dtype)
     batch = random_batch(config, batches.micro, device)
+    # CPUs without AVX-512 multiply large matrices of half precision in minutes.
+    slow = device.type == "cpu" and dtype and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    side = 256 if slow else 4096
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def forward():
         trainer.net.eval()
@@ -557,19 +538,15 @@ def bench(args, config, init, rank, world, device):
         trainer.net.train()
         trainer.step(iter([batch] * batches.micro_batches))
 
-    for _ in range(2):                  # the first makes Adam's moments
-        step()
+    def product():
+        backbones.linear(left, right)
+
+    work = {"forward": forward, "step": step, "product": product}
+    gflop, seconds = {"product": 2e-9 * side**3}, {name: [] for name in work}
+    forward(), step(), step()           # the first step makes Adam's moments
     memory = peak_memory_gb(device)
-    # CPUs without AVX-512 multiply large matrices of half precision in minutes.
-    slow = device.type == "cpu" and dtype and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    side = 256 if slow else 4096
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    work = {"forward": forward, "step": step, "product": lambda: left @ right,
-            "linear": lambda: backbones.linear(left, right)}
     # The counter knows neither oneDNN's linear layer nor fused attention on CPUs.
     counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
-    gflop = dict.fromkeys(("product", "linear"), 2e-9 * side**3)
-    seconds = {name: [] for name in work}
     for name in ("forward", "step"):
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
         with plain, FlopCounterMode(display=False, custom_mapping=counts) as counter:
@@ -583,20 +560,17 @@ def bench(args, config, init, rank, world, device):
             action()
             seconds[name].append(benchmark.timer() - begun)
     # The first round warms up.
-    seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    speed = {name: gflop[name] / seconds[name] for name in work}
-    found = {"preset": args.preset, "image_size": config.image_size, "length": config.length,
-             "batch": config.batch_size, "micro_batch": batches.micro, "processes": world,
-             "threads": torch.get_num_threads(),
+    speed = {name: gflop[name] / statistics.median(seconds[name][1:]) for name in work}
+    found = {"preset": args.preset, "batch": config.batch_size, "micro_batch": batches.micro,
+             "processes": world, "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "peak_memory_gb": memory, "product_side": side,
-             **{f"{name}_gflops": speed[name] for name in work}}
+             "peak_memory_gb": memory, "product_side": side, "product_gflops": speed["product"]}
     for name, samples in (("forward", batches.micro), ("step", batches.local)):
-        found |= {f"{name}_seconds_per_image": seconds[name] / (samples * world),
-                  f"{name}_images_per_s": samples * world / seconds[name],
-                  f"{name}_gflop_per_image": gflop[name] / samples,
-                  f"{name}_share": speed[name] / max(speed["product"], speed["linear"])}
+        rate = speed[name] / gflop[name] * samples * world
+        found |= {f"{name}_images_per_s": rate, f"{name}_seconds_per_image": 1 / rate,
+                  f"{name}_gflop_per_image": gflop[name] / samples, f"{name}_gflops": speed[name],
+                  f"{name}_share": speed[name] / speed["product"]}
     if rank == 0:
         found["loader_images_per_s"] = loader_speed(config)
         print("| figure | value |\n|---|---:|")
@@ -620,10 +594,7 @@ def loader_speed(config, rounds=100):
     """Samples a second that a loader's process makes of a JPEG photo of 640x480 pixels."""
     with tempfile.TemporaryDirectory() as folder:
         photo = Path(folder, "photo.jpg")
-        coarse, grain = (Image.frombytes("RGB", size, os.urandom(3 * size[0] * size[1]))
-                         for size in ((80, 60), (640, 480)))
-        smooth = coarse.resize(grain.size, Image.Resampling.BICUBIC)
-        Image.blend(smooth, grain, 0.2).save(photo, quality=90)
+        Image.effect_noise((640, 480), 25).convert("RGB").save(photo, quality=90)
         ref = data.Ref(id=0, image_id=0, image=photo, width=640, height=480, sentences=("a",),
                        segmentation=[[200, 100, 440, 100, 440, 340, 200, 340]])
         dataset = data.TrainSet([ref], lambda texts, length: torch.zeros(1, length).long(),
@@ -640,13 +611,9 @@ def peak_memory_gb(device):
 
 
 def keep_memory():
-    """Makes glibc keep freed memory for the next step.
-
-    Otherwise it returns large blocks to the system, which clears each page again before the next
-    use: up to a third of a step on CPUs. The price: the process never shrinks. Other C libraries
-    have no such switches.
-    """
-    with contextlib.suppress(AttributeError, OSError):
+    """Makes glibc keep freed memory: to get pages from the system again costs up to a third of a
+    step on CPUs. The price: the process never shrinks."""
+    with contextlib.suppress(AttributeError, OSError):          # other C libraries
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)         # M_TRIM_THRESHOLD: keep any amount
         mallopt(-4, 0)          # M_MMAP_MAX: no block gets its own pages
