@@ -927,7 +927,7 @@ class UnfusedAttention(torch.autograd.Function):
             # Random numbers cost most, so each one of 64 bits serves four weights. That rounds the
             # share to a multiple of 2^-16, below 1.
             threshold = min(round(dropout * 2**16), 2**16 - 1)
-            bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+            bits = torch.randint(-2**63, 2**63 - 1, (-(-weights.numel() // 4),))
             dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
             ctx.rescale = 1 / (1 - threshold / 2**16)
         out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.rescale)
