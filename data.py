@@ -193,10 +193,8 @@ class TrainSet(Dataset):
                 photo, mask = read_pair(ref)
                 break
             except DataError:
-                if not self.skip_broken:
+                if not self.skip_broken or skipped == len(self.refs) - 1:
                     raise
-        else:
-            raise DataError("every photo is broken")
         sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
         return {"image": letterbox(photo, self.image_size),
                 "tokens": self.tokenizer([sentence], self.length)[0],
@@ -216,7 +214,7 @@ class ExpressionSet(Dataset):
         self.pairs = [(ref, sentence) for ref in refs for sentence in ref.sentences]
         self.tokenizer, self.image_size = tokenizer, image_size
         self.length, self.skip_broken = length, skip_broken
-        self.last_ref, self.last_read = None, None      # the next expression often has the same ref
+        self.last = None, None, None            # ref, photo, mask: the next ref is often the same
 
     def __len__(self):
         return len(self.pairs)
@@ -224,14 +222,14 @@ class ExpressionSet(Dataset):
     def __getitem__(self, index):
         ref, sentence = self.pairs[index]
         try:
-            if self.last_ref is not ref:
+            if self.last[0] is not ref:
                 photo, mask = read_pair(ref)
-                self.last_ref, self.last_read = ref, (letterbox(photo, self.image_size), mask > 0)
+                self.last = ref, letterbox(photo, self.image_size), mask > 0
         except DataError:
             if not self.skip_broken:
                 raise
             return None
-        image, mask = self.last_read
+        _, image, mask = self.last
         return {"image": image, "tokens": self.tokenizer([sentence], self.length)[0],
                 "mask": mask, "index": index}
 
@@ -247,19 +245,18 @@ def read_pair(ref):
 
 def decode_mask(ref):
     """The mask of a ref, uint8 (height, width), 0 and 1. Raises DataError if it has none."""
-    rle, size = ref.segmentation, (ref.height, ref.width)
+    rle, size = ref.segmentation, [ref.height, ref.width]
     try:
-        if isinstance(rle, dict):
-            if tuple(rle["size"]) != size:
-                raise ValueError(f"RLE of size {rle['size']}")
-            if isinstance(rle["counts"], list):
-                rle = pycocotools.mask.frPyObjects(rle, *size)
-        else:
+        if isinstance(rle, list):
             # pycocotools would take two points for a box, and memory for an outline far outside.
             polygons = [p for p in rle if len(p) >= 6 and len(p) % 2 == 0]
             if not polygons or not np.abs(np.concatenate(polygons)).max() < 4 * max(size):
                 raise ValueError("no polygon of three points or more, or one far outside")
             rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *size))
+        elif isinstance(rle["counts"], list):
+            rle = pycocotools.mask.frPyObjects(rle, *size)
+        if list(rle["size"]) != size:
+            raise ValueError(f"RLE of size {rle['size']}")
         mask = pycocotools.mask.decode(rle)
         # pycocotools does not define the pixels after the end of a short RLE.
         if not 0 < np.count_nonzero(mask) == pycocotools.mask.area(rle):
@@ -282,8 +279,9 @@ PUBLISHED_SIZES = {
     "refcocog-umd": {"train": (42226, 80512), "val": (2573, 4896), "test": (5023, 9602)},
     "refcocog-google": {"train": (44822, 85474), "val": (5000, 9536)},
 }
-SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc"}        # where a folder holds several
 MIXED = ("refcoco", "refcoco+", "refcocog-umd")
+# The refs file that the folder's name alone stands for. A folder of another name may hold only one.
+SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": None}
 # Tokens per expression, with start and end, as the authors cut them.
 LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog-umd": 22, "refcocog-google": 22, "mixed": 22}
 WHERE = ("the README says where to get RefCOCO, RefCOCO+, RefCOCOg and the COCO images, and "
@@ -297,91 +295,39 @@ def read_split(root, name, split, skip_broken=False, keep_leaks=False):
     every image in a val or test split of any of the three. `keep_leaks` keeps these images, as
     DCRIS's authors did for training. (G-Ref's google split is not compared.)
     """
-    parts = [read_refs(root, part, skip_broken)
-             for part in (MIXED if name == "mixed" else (name,))]
+    parts = [read_refs(root, part) for part in (MIXED if name == "mixed" else (name,))]
+    broken = [error for _, errors in parts for error in errors]
+    if broken and not skip_broken:
+        raise DataError(f"{broken[0]}; --skip-broken leaves such entries out")
     joined = [ref for splits, _ in parts for ref in splits.get(split, [])]
     if name == "mixed" and split == "train" and not keep_leaks:
         held_out = {ref.image_id for splits, _ in parts
                     for other, refs in splits.items() if other != "train" for ref in refs}
         joined = [ref for ref in joined if ref.image_id not in held_out]
     if not joined:
-        found = sorted({reason(other) for splits, _ in parts for other in splits})
+        found = dict.fromkeys(str(other) for splits, _ in parts for other in splits)
         raise DataError(f"{name} in {root} has no split {split!r}; found: "
                         f"{', '.join(found) or 'none'}")
-    return joined, sum(skipped for _, skipped in parts)
+    return joined, len(broken)
 
 
-def held_out_splits(root, name, skip_broken=False):
+def held_out_splits(root, name):
     """The names of a data set's splits except train, in the order of its refs file."""
-    names = [split for split in read_refs(root, name, skip_broken)[0] if split != "train"]
+    names = [split for split in read_refs(root, name)[0] if split != "train"]
     if not names:
         raise DataError(f"{name} in {root} has no split but train; add --split train")
     return names
 
 
-@functools.lru_cache(maxsize=len(MIXED))
-def read_refs(root, name, skip_broken=False):
-    """Reads all splits of a data set: {split: [Ref]}, and how many broken entries it left out.
-
-    Raises DataError for the first broken entry (its file, place and field), unless `skip_broken`.
-    """
-    folder, path = locate(root, name)
-    refs, images, annotations = read_files(folder, path)
-    folders = [Path(root, "images", "train2014"),
-               Path(root, "images", "mscoco", "images", "train2014"),
-               Path(root, "images"), folder / "images"]
-    photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
-              for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
-    if not photos:
-        raise DataError(f"no images in any of {', '.join(map(str, folders))}; {WHERE}")
-    splits, skipped = {}, 0
-    for place, entry in enumerate(refs):
-        try:
-            ref = read_ref(entry, images, annotations, photos)
-            splits.setdefault(entry["split"], []).append(ref)
-        except Exception as error:          # an entry of a wrong type can raise nearly anything
-            if not skip_broken:
-                raise DataError(f"{path}, entry {place}: not a usable ref ({reason(error)}); "
-                                f"--skip-broken leaves such entries out") from None
-            skipped += 1
-    return splits, skipped
-
-
-def read_ref(entry, images, annotations, photos):
-    """Makes a Ref from one entry of a refs file. A broken entry can raise any error."""
-    image_id, ann_id = entry["image_id"], entry["ann_id"]
-    if image_id not in images:
-        raise DataError(f"image {image_id} is not in instances.json")
-    if ann_id not in annotations:
-        raise DataError(f"annotation {ann_id} is not in instances.json")
-    image, segmentation = images[image_id], annotations[ann_id]["segmentation"]
-    if not segmentation:
-        raise DataError(f"annotation {ann_id} has no mask")
-    name = image["file_name"]           # the entry's own file_name is not that of a file
-    if name not in photos:
-        raise DataError(f"image {image_id}: no image folder holds {name}")
-    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
-    if not all(map(clean, sentences or [""])):
-        raise DataError("an expression is empty")
-    return Ref(entry["ref_id"], image_id, photos[name], image["width"], image["height"],
-               segmentation, sentences)
-
-
-def locate(root, name):
-    """Finds the folder and the refs file of a data set NAME or NAME-SPLITBY. Raises DataError."""
-    folder, split_by = Path(root, name), SPLIT_BY.get(name, "*")
-    if not folder.is_dir() and "-" in name:
-        folder, split_by = Path(root, name.rsplit("-", 1)[0]), name.rsplit("-", 1)[1]
-    if not (folder / "instances.json").is_file():
-        found = sorted(path.parent.name for path in Path(root).glob("*/instances.json"))
-        raise DataError(f"{root}: no data set {name!r} (no {folder / 'instances.json'}); found: "
-                        f"{', '.join(found) or 'none'}; {WHERE}")
-    files = list(folder.glob(f"refs({split_by}).p"))
-    if len(files) != 1:
-        found = sorted(f"{folder.name}-{path.name[5:-3]}" for path in folder.glob("refs(*).p"))
-        raise DataError(f"{folder}: {len(files)} files are named refs({split_by}).p; choose a data "
-                        f"set: {', '.join(found) or 'none'}")
-    return folder, files[0]
+def find_data_sets(root):
+    """The refs files in ROOT, by the names of their data sets: NAME, or NAME-SPLITBY."""
+    found = {}
+    for path in sorted(Path(root).glob("*/refs(*).p")):
+        name, split_by = path.parent.name, path.name[5:-3]
+        alone = len(list(path.parent.glob("refs(*).p"))) == 1
+        short = SPLIT_BY[name] == split_by if name in SPLIT_BY else alone
+        found[name if short else f"{name}-{split_by}"] = path
+    return found
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -391,18 +337,56 @@ class PlainUnpickler(pickle.Unpickler):
         raise DataError(f"it asks for {module}.{name}, which could run code")
 
 
-def read_files(folder, path):
-    """Reads refs, images by id, and annotations by id. Raises DataError if a file is damaged."""
+@functools.lru_cache(maxsize=len(MIXED))
+def read_refs(root, name):
+    """Reads a data set: its splits, {split: [Ref]}, and an error message per broken entry.
+
+    Raises DataError if the data set or its images are missing, or a file is damaged.
+    """
+    files = find_data_sets(root)
+    if name not in files:
+        raise DataError(f"{root}: no data set {name!r}; found: {', '.join(files) or 'none'}; "
+                        f"{WHERE}")
+    path = refs_file = files[name]
     try:
         with open(path, "rb") as file:          # a pickle of Python 2 or 3
-            refs = list(PlainUnpickler(file, encoding="utf-8", errors="replace").load())
-        path = folder / "instances.json"
-        with open(path, encoding="utf-8") as file:
-            instances = json.load(file)
-        return refs, *({entry["id"]: entry for entry in instances[key]}
-                       for key in ("images", "annotations"))
+            entries = list(PlainUnpickler(file, encoding="utf-8", errors="replace").load())
+        path = refs_file.with_name("instances.json")
+        instances = json.loads(path.read_bytes())
+        images, annotations = ({entry["id"]: entry for entry in instances[key]}
+                               for key in ("images", "annotations"))
     except Exception as error:                  # damaged files raise errors of many types
         raise DataError(f"{path}: cannot be read ({reason(error)})") from None
+    folders = [Path(root, place) for place in (
+        "images/train2014", "images/mscoco/images/train2014", "images", path.parent / "images")]
+    photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
+              for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
+    if not photos:
+        raise DataError(f"no images in any of {', '.join(map(str, folders))}; {WHERE}")
+    splits, broken = {}, []
+    for place, entry in enumerate(entries):
+        try:
+            ref = read_ref(entry, images, annotations, photos)
+            splits.setdefault(entry["split"], []).append(ref)
+        except Exception as error:          # an entry of a wrong type can raise nearly anything
+            broken.append(f"{refs_file}, entry {place}: not a usable ref ({reason(error)})")
+    return splits, broken
+
+
+def read_ref(entry, images, annotations, photos):
+    """Makes a Ref from one entry of a refs file. A broken entry can raise any error."""
+    image_id, ann_id = entry["image_id"], entry["ann_id"]
+    if image_id not in images or ann_id not in annotations:
+        raise DataError(f"image {image_id} or annotation {ann_id} is not in instances.json")
+    image, segmentation = images[image_id], annotations[ann_id]["segmentation"]
+    name = image["file_name"]           # the entry's own file_name is not that of a file
+    if name not in photos:
+        raise DataError(f"no image folder holds {name}")
+    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
+    if not segmentation or not all(map(clean, sentences or [""])):
+        raise DataError("its mask or an expression is empty")
+    return Ref(entry["ref_id"], image_id, photos[name], image["width"], image["height"],
+               segmentation, sentences)
 
 
 # ---- Tokenizer ------------------------------------------------------------------------------
@@ -416,6 +400,10 @@ NUMBERS = r"\d" + "".join(c for c in map(chr, range(sys.maxunicode + 1))
 PIECES = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                     rf"|[^\W_{NUMBERS}]+|[{NUMBERS}]|(?:[^\w ]|_)+")
 
+# CLIP's printable character for each of the 256 bytes, in the order of its vocabulary.
+BYTES = {b: chr(b) for b in range(256) if "!" <= chr(b) <= "~" or "¡" <= chr(b) != "\xad"}
+BYTES |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTES)}
+
 
 def clean(text):
     """Resolves HTML entities (twice: "&amp;lt;" is common), makes all spaces plain, lowers case."""
@@ -424,17 +412,9 @@ def clean(text):
     return re.sub(r"[^\S\x1c-\x1f]", " ", text).lower()
 
 
-@functools.cache
-def byte_symbols():
-    """CLIP's printable character for each of the 256 bytes, in the order of its vocabulary."""
-    printable = [b for b in range(256) if "!" <= chr(b) <= "~" or "¡" <= chr(b) != "\xad"]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def symbols_of(piece):
     """The symbols of a piece of text before any merge: its bytes, the last marked as the end."""
-    *word, last = (byte_symbols()[b] for b in piece.encode("utf-8", errors="replace"))
+    *word, last = (BYTES[b] for b in piece.encode("utf-8", errors="replace"))
     return (*word, last + "</w>")
 
 
@@ -470,25 +450,18 @@ class Tokenizer:
         except Exception as error:          # damaged gzip data raise errors of several types
             name = "the vocabulary" if isinstance(path, bytes) else path
             raise DataError(f"{name}: not a BPE vocabulary ({reason(error)})") from None
-        symbols = list(byte_symbols().values())
-        vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs]
-        self.ids = {symbol: i for i, symbol in enumerate([*vocabulary, START, END])}
+        vocabulary = [symbol + end for end in ("", "</w>") for symbol in BYTES.values()]
+        vocabulary += ["".join(pair) for pair in pairs] + [START, END]
+        self.ids = {symbol: i for i, symbol in enumerate(vocabulary)}
         self.ranks = {pair: i for i, pair in enumerate(pairs)}
-        self.size = len(vocabulary) + 2
-        self.known = {START: [self.ids[START]], END: [self.ids[END]]}      # piece -> ids
+        self.size = len(vocabulary)
 
     def piece_ids(self, piece):
         """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
-        if piece in self.known:
-            return self.known[piece]
-        word = symbols_of(piece)
-        while len(word) > 1:
-            pair = min(zip(word, word[1:]), key=lambda p: self.ranks.get(p, math.inf))
-            if pair not in self.ranks:
-                break
-            word = merge_pair(word, pair)
-        self.known[piece] = [self.ids[symbol] for symbol in word]
-        return self.known[piece]
+        word = (piece,) if piece in (START, END) else symbols_of(piece)
+        while pairs := [pair for pair in zip(word, word[1:]) if pair in self.ranks]:
+            word = merge_pair(word, min(pairs, key=self.ranks.get))
+        return [self.ids[symbol] for symbol in word]
 
     def encode(self, text):
         """The ids of a text of any length, without start and end."""
@@ -510,6 +483,10 @@ KINDS = {"circle": (32, 1.0, 1.0), "square": (4, 1.15, 1.15), "triangle": (3, 1.
 EXTREMES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
 SCENES = {"train": 6500, "val": 150, "test": 150}
 CANVASES = ((64, 64), (64, 48), (48, 64), (64, 56), (56, 64))
+FINE = 4                            # pictures are drawn so many times larger, then averaged
+ROW, COLUMN = np.mgrid[:64 * FINE, :64 * FINE] % (5 * FINE) / (5 * FINE)
+LIGHTER = {"striped": Image.fromarray(COLUMN < 0.4),        # where a figure of a texture is lighter
+           "dotted": Image.fromarray(np.hypot(COLUMN - 0.5, ROW - 0.5) < 0.32)}
 
 
 class Domain(NamedTuple):
@@ -518,8 +495,7 @@ class Domain(NamedTuple):
     sizes: dict                 # range of the radius, as a part of the canvas's longer side
     kinds: tuple                # of KINDS
     textures: tuple             # none: all figures are plain, and expressions name no texture
-    directions: dict            # relations of two figures, by the direction from one to the other
-    nearest: bool               # "nearest to" is a relation, too
+    relations: dict             # of two figures, by the direction from one to the other
     shares: tuple               # of expressions by appearance, by place, by relation
     ground: tuple               # range of the background's brightness, from 0 to 255
     noise: float                # standard deviation, of 255
@@ -532,20 +508,18 @@ DOMAINS = {
         {"small": (0.13, 0.15), "large": (0.20, 0.235)},
         ("circle", "square", "triangle", "star"), (),
         {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)},
-        nearest=False, shares=(0.5, 0.3, 0.2), ground=(200, 245), noise=5),
+        shares=(0.5, 0.3, 0.2), ground=(200, 245), noise=5),
     "shapes-b": Domain(
         {"pink": (240, 130, 175), "teal": (20, 140, 140), "brown": (125, 75, 40),
          "lime": (165, 215, 40), "navy": (25, 35, 110), "coral": (235, 95, 75)},
         {"little": (0.13, 0.15), "big": (0.20, 0.235)},
         ("circle", "square", "triangle", "star", "diamond"), ("plain", "striped", "dotted"),
-        {"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1), "under": (0, 1)},
-        nearest=True, shares=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
+        {"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1), "under": (0, 1),
+         "nearest to": None}, shares=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
 }
 # The words of all domains. Each becomes one token of each vocabulary, so a text tower that was
 # trained on one domain can be tuned on the other. It still has to learn what the new words mean.
-WORDS = sorted({word for domain in DOMAINS.values()
-                for names in (domain.colours, domain.sizes, domain.kinds, domain.textures,
-                              domain.directions, ["nearest to"])
+WORDS = sorted({word for domain in DOMAINS.values() for names in domain[:5]
                 for name in names for word in name.split()})
 
 
@@ -583,19 +557,11 @@ def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
             figures.clear()
 
 
-def descriptions_of(figure):
-    """All true descriptions of a figure: (size, texture, colour, kind), each of them or ""."""
-    return itertools.product(*(dict.fromkeys(("", word)) for word in figure[:4]))
-
-
-def fits(figure, description):
-    """Whether a description is true of a figure."""
-    return all(word in ("", own) for word, own in zip(description, figure))
-
-
-def phrase(description):
-    *words, kind = description
-    return " ".join(filter(None, (*words, kind or "shape")))
+def phrases_of(figure):
+    """All true descriptions of a figure, such as "red star" or "large shape"."""
+    choices = ("", figure.size), ("", figure.texture), ("", figure.colour), ("shape", figure.kind)
+    phrases = (" ".join(filter(None, words)) for words in itertools.product(*choices))
+    return list(dict.fromkeys(phrases))         # a figure without texture gives each one twice
 
 
 def expressions(figure, figures, margin, domain=DOMAINS["shapes"]):
@@ -606,54 +572,48 @@ def expressions(figure, figures, margin, domain=DOMAINS["shapes"]):
     """
     appearances, places, relations = [], [], []
     others = [f for f in figures if f is not figure]
-    anchors = [(description, f) for f in others for description in descriptions_of(f)
-               if sum(fits(g, description) for g in figures) == 1]
-    for description in descriptions_of(figure):
-        text, rivals = f"the {phrase(description)}", [f for f in others if fits(f, description)]
+    common = Counter(phrase for f in figures for phrase in phrases_of(f))
+    anchors = [(phrase, f) for f in others for phrase in phrases_of(f) if common[phrase] == 1]
+    for phrase in phrases_of(figure):
+        rivals = [f for f in others if phrase in phrases_of(f)]
         if not rivals:
-            appearances.append(text)
+            appearances.append(f"the {phrase}")
             continue
         for word, (dx, dy) in EXTREMES.items():
             if all((figure.x - f.x) * dx + (figure.y - f.y) * dy > margin for f in rivals):
-                places.append(f"the {word} {phrase(description)}")
+                places.append(f"the {word} {phrase}")
         for anchor, at in anchors:
             if at in rivals:
                 continue
-            for word, (dx, dy) in domain.directions.items():
-                ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
-                if ahead > margin and max(behind) < -margin:
-                    relations.append(f"{text} {word} the {phrase(anchor)}")
-            near, *far = [math.hypot(f.x - at.x, f.y - at.y) for f in (figure, *rivals)]
-            if domain.nearest and near < min(far) - margin:
-                relations.append(f"{text} nearest to the {phrase(anchor)}")
+            for word, direction in domain.relations.items():
+                if direction:
+                    ahead, *behind = [(f.x - at.x) * direction[0] + (f.y - at.y) * direction[1]
+                                      for f in (figure, *rivals)]
+                    holds = ahead > margin and max(behind) < -margin
+                else:
+                    near, *far = [math.hypot(f.x - at.x, f.y - at.y) for f in (figure, *rivals)]
+                    holds = near < min(far) - margin
+                if holds:
+                    relations.append(f"the {phrase} {word} the {anchor}")
     return appearances, places, relations
 
 
 def draw_picture(rng, figures, width, height, domain):
     """The picture of a scene: figures on a plain, noisy ground, antialiased."""
-    fine = 4
     ground = tuple(rng.randint(*domain.ground) for _ in range(3))
-    image = Image.new("RGB", (width * fine, height * fine), ground)
+    image = Image.new("RGB", (width * FINE, height * FINE), ground)
     for figure in figures:
         colour = tuple(min(255, max(0, c + rng.randint(-14, 14)))
                        for c in domain.colours[figure.colour])
         inside = Image.new("1", image.size)
-        ImageDraw.Draw(inside).polygon([(x * fine, y * fine) for x, y in figure.points], fill=1)
+        ImageDraw.Draw(inside).polygon([(x * FINE, y * FINE) for x, y in figure.points], fill=1)
         image.paste(colour, mask=inside)
-        if figure.texture in ("striped", "dotted"):
+        if figure.texture in LIGHTER:
             lighter = tuple(90 + c * 165 // 255 for c in colour)
-            texture = pattern(figure.texture, image.size, 5 * fine)
-            image.paste(lighter, mask=ImageChops.logical_and(inside, texture))
+            image.paste(lighter, mask=ImageChops.logical_and(inside, LIGHTER[figure.texture]))
     image = image.resize((width, height), Image.Resampling.BOX)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, domain.noise, (height, width, 3))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
-
-
-@functools.lru_cache
-def pattern(texture, size, period):
-    """Where a canvas is lighter: vertical stripes or dots, so many pixels apart (mode 1)."""
-    y, x = np.mgrid[:size[1], :size[0]] % period / period
-    return Image.fromarray(x < 0.4 if texture == "striped" else np.hypot(x - 0.5, y - 0.5) < 0.32)
 
 
 def draw_scene(rng, domain, image_id, path, coco, refs):
@@ -665,12 +625,16 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
                            "width": width, "height": height})
     described = []
     for figure in figures:
-        polygon = [round(v, 2) for point in figure.points for v in point]
-        mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([polygon], height, width))
-        annotation = {
-            "id": len(coco["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
-            "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
-            "segmentation": run_lengths(mask[..., 0]) if rng.random() < 0.25 else [polygon]}
+        outline = [round(v, 2) for point in figure.points for v in point]
+        mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([outline], height, width))
+        segmentation = [outline]
+        if rng.random() < 0.25:         # COCO's RLE: lengths of runs by columns, zeros first
+            starts = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
+            segmentation = {"size": [height, width],
+                            "counts": np.diff([0, *starts, mask.size]).tolist()}
+        annotation = {"id": len(coco["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
+                      "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
+                      "segmentation": segmentation}
         coco["annotations"].append(annotation)
         choices = expressions(figure, figures, 0.06 * max(width, height), domain)
         if any(choices):
@@ -684,13 +648,6 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
             "file_name": f"{path.stem}_{annotation['id']}.jpg",
             "sentences": [{"sent": s, "raw": s, "tokens": s.split(), "sent_id": 10 * len(refs) + i}
                           for i, s in enumerate(sentences)]})
-
-
-def run_lengths(mask):
-    """COCO's uncompressed RLE of a mask: lengths of runs, column by column, zeros first."""
-    pixels = mask.flatten(order="F").tolist()
-    runs = [len(list(run)) for _, run in itertools.groupby(pixels)]
-    return {"size": list(mask.shape), "counts": [0] * pixels[0] + runs}
 
 
 def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
@@ -715,52 +672,44 @@ def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
         (draft / "instances.json").write_text(json.dumps(coco), encoding="utf-8")
         (draft / f"refs({name}).p").write_bytes(pickle.dumps(refs, protocol=2))
         texts = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
-        merges = "\n".join(" ".join(pair) for pair in learn_merges(texts + WORDS))
-        (draft / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+        (draft / "merges.txt").write_text(learn_merges(texts + WORDS), encoding="utf-8")
         draft.rename(folder)
     return folder
 
 
-def learn_merges(texts, most=510):
-    """Learns byte-pair merges from texts: it merges the most frequent pair again and again."""
+def learn_merges(texts):
+    """Learns a `merges.txt`: the most frequent pair is merged until each word is one symbol."""
     words = Counter(symbols_of(piece) for text in texts for piece in clean(text).split())
-    merges = []
-    for _ in range(most):
+    lines = ["#version: 0.2"]
+    while any(len(word) > 1 for word in words):
         pairs = Counter()
         for word, times in words.items():
             for pair in zip(word, word[1:]):
                 pairs[pair] += times
-        if not pairs:
-            break
-        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
-        words = Counter({merge_pair(word, merges[-1]): times for word, times in words.items()})
-    return merges
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        lines.append(" ".join(best))
+        words = {merge_pair(word, best): times for word, times in words.items()}
+    return "\n".join(lines) + "\n"
 
 
 # ---- Command line ---------------------------------------------------------------------------
 
 def check(root):
     """Prints a Markdown table that compares the data sets in ROOT with their published sizes."""
-    paths = sorted(Path(root).glob("*/refs(*).p"))
-    if not paths:
+    names = find_data_sets(root)
+    if not names:
         raise DataError(f"{root}: no folder with a refs(*).p in it; {WHERE}")
-    print("| data set | split | refs | published | expressions | published | |")
-    print("|---|---|---:|---:|---:|---:|---|")
-    for path in paths:
-        folder, split_by = path.parent, path.name[5:-3]
-        alone = len(list(folder.glob("refs(*).p"))) == 1 or SPLIT_BY.get(folder.name) == split_by
-        name = folder.name if alone else f"{folder.name}-{split_by}"
-        splits, skipped = read_refs(root, name, skip_broken=True)
+    print("| data set | split | refs | expressions | |\n|---|---|---:|---:|---|")
+    for name in names:
+        splits, broken = read_refs(root, name)
         for split, refs in splits.items():
             counts = len(refs), sum(len(ref.sentences) for ref in refs)
-            published = PUBLISHED_SIZES.get(name, {}).get(split)
-            verdict = "" if not published else "ok" if counts == published else "differs"
-            expected = [f"{number:,}" for number in published or ()] or ["", ""]
-            print(f"| {name} | {split} | {counts[0]:,} | {expected[0]} | {counts[1]:,} | "
-                  f"{expected[1]} | {verdict} |")
-        if skipped:
-            print(f"| {name} | broken entries | {skipped:,} | | | | "
-                  f"training without --skip-broken names the first |")
+            published = PUBLISHED_SIZES.get(name, {}).get(split, ())
+            differs = "published: " + " and ".join(f"{number:,}" for number in published)
+            verdict = "as published" if counts == published else differs if published else ""
+            print(f"| {name} | {split} | {counts[0]:,} | {counts[1]:,} | {verdict} |")
+        if broken:
+            print(f"| {name} | broken entries | {len(broken):,} | | {broken[0]} |")
 
 
 def main():
