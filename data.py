@@ -4,9 +4,9 @@
     python data.py shapes-b DIR     draws the second domain into DIR/shapes-b
     python data.py check DIR        compares the data sets in DIR with their published sizes
 
-A REFER data set is a folder `ROOT/NAME` with two files: `instances.json` has the photos' names and
-the objects' masks (COCO's annotations), `refs(SPLITBY).p` the expressions and the splits. Both are
-read as they are distributed: no conversion, no database.
+A REFER data set is a folder `ROOT/NAME` with two files, which are read as they are distributed:
+`instances.json` has the photos' names and the objects' masks (COCO's annotations),
+`refs(SPLITBY).p` the expressions and the splits.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import random
 import re
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,11 +85,7 @@ def letterbox_place(width, height, size):
 
 
 def letterbox(photo, size):
-    """Puts a photo (PIL, RGB) on a square: uint8 (3, S, S).
-
-    The longer side is resized to `size` (bicubic), the photo is centred, and the mean colour fills
-    the borders.
-    """
+    """Resizes a photo (PIL, RGB) onto a square of the mean colour, bicubic: uint8 (3, S, S)."""
     # `warp` fills borders with 0. So the mean colour is subtracted before it, and added afterwards.
     colour = torch.tensor(MEAN_COLOUR, dtype=torch.float32)
     columns = torch.from_numpy(np.array(photo.transpose(Image.Transpose.TRANSPOSE))).flatten(1)
@@ -100,8 +96,7 @@ def letterbox(photo, size):
 
 def letterbox_mask(mask, size):
     """Puts a mask, uint8 (H, W), 0 to 255, where its photo lies: uint8 (1, S, S), bilinear."""
-    height, width = mask.shape
-    place = letterbox_place(width, height, size)
+    place = letterbox_place(*mask.shape[::-1], size)
     square = warp(mask.t()[..., None].float(), *place, size, size, cubic=False)
     return square.round_().byte().contiguous()
 
@@ -118,8 +113,8 @@ def warp(image, scale, left, top, width, height, cubic=True):
 
     Takes (W, H, C), float; returns (C, height, width). Bicubic or bilinear without antialiasing; 0
     outside the image. It equals OpenCV 4's cv2.warpAffine, with which the authors' programs resize
-    photos, masks and predictions. Without a rotation, the two axes can be resized one by one.
-    OpenCV 4 rounds positions to 1/32 pixel (OpenCV 5.0 does not).
+    photos, masks and predictions: positions are rounded to 1/32 pixel (by OpenCV 5.0 they are not).
+    Without a rotation, the two axes can be resized one by one.
     """
     if width * image.shape[1] > height * len(image):        # first the axis that shrinks more
         return warp(image.transpose(0, 1), scale, top, left, height, width, cubic).transpose(1, 2)
@@ -206,15 +201,14 @@ class ExpressionSet(Dataset):
     """Every expression of every ref once, for evaluation.
 
     `dataset[index]` is a dictionary of image, uint8 (3, S, S); tokens, int64 (L,); mask at the
-    photo's own size, bool (H, W); index. With `skip_broken`, it is None if the photo or the mask is
-    broken.
+    photo's own size, bool (H, W); index. Or, with `skip_broken`, None for a broken photo or mask.
     """
 
     def __init__(self, refs, tokenizer, image_size, length, skip_broken=False):
         self.pairs = [(ref, sentence) for ref in refs for sentence in ref.sentences]
         self.tokenizer, self.image_size = tokenizer, image_size
         self.length, self.skip_broken = length, skip_broken
-        self.last = None, None, None            # ref, photo, mask: the next ref is often the same
+        self.last = None, None                  # the next expression often has the same ref
 
     def __len__(self):
         return len(self.pairs)
@@ -224,14 +218,13 @@ class ExpressionSet(Dataset):
         try:
             if self.last[0] is not ref:
                 photo, mask = read_pair(ref)
-                self.last = ref, letterbox(photo, self.image_size), mask > 0
+                self.last = ref, {"image": letterbox(photo, self.image_size), "mask": mask > 0}
         except DataError:
             if not self.skip_broken:
                 raise
             return None
-        _, image, mask = self.last
-        return {"image": image, "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": mask, "index": index}
+        tokens = self.tokenizer([sentence], self.length)[0]
+        return {**self.last[1], "tokens": tokens, "index": index}
 
 
 def read_pair(ref):
@@ -292,8 +285,8 @@ def read_split(root, name, split, skip_broken=False, keep_leaks=False):
     """Reads one split: its refs, and how many broken entries were left out. Raises DataError.
 
     `mixed` joins refcoco, refcoco+ and refcocog-umd. Their splits overlap, so its train leaves out
-    every image in a val or test split of any of the three. `keep_leaks` keeps these images, as
-    DCRIS's authors did for training. (G-Ref's google split is not compared.)
+    the images in val and test splits of the three (G-Ref's google split is not compared).
+    `keep_leaks` keeps these images, as DCRIS's authors did for training.
     """
     parts = [read_refs(root, part) for part in (MIXED if name == "mixed" else (name,))]
     broken = [error for _, errors in parts for error in errors]
@@ -306,27 +299,25 @@ def read_split(root, name, split, skip_broken=False, keep_leaks=False):
         joined = [ref for ref in joined if ref.image_id not in held_out]
     if not joined:
         found = dict.fromkeys(str(other) for splits, _ in parts for other in splits)
-        raise DataError(f"{name} in {root} has no split {split!r}; found: "
-                        f"{', '.join(found) or 'none'}")
+        raise DataError(f"{name} in {root} has no split {split!r}; found: {', '.join(found)}")
     return joined, len(broken)
 
 
 def held_out_splits(root, name):
-    """The names of a data set's splits except train, in the order of its refs file."""
-    names = [split for split in read_refs(root, name)[0] if split != "train"]
-    if not names:
-        raise DataError(f"{name} in {root} has no split but train; add --split train")
-    return names
+    """The splits to evaluate: all except train, in the order of the refs file, or else val."""
+    return [split for split in read_refs(root, name)[0] if split != "train"] or ["val"]
 
 
 def find_data_sets(root):
-    """The refs files in ROOT, by the names of their data sets: NAME, or NAME-SPLITBY."""
+    """The refs files in ROOT: {NAME or NAME-SPLITBY: path}. Raises DataError if there is none."""
     found = {}
     for path in sorted(Path(root).glob("*/refs(*).p")):
         name, split_by = path.parent.name, path.name[5:-3]
         alone = len(list(path.parent.glob("refs(*).p"))) == 1
         short = SPLIT_BY[name] == split_by if name in SPLIT_BY else alone
         found[name if short else f"{name}-{split_by}"] = path
+    if not found:
+        raise DataError(f"{root}: no folder with a refs(*).p in it; {WHERE}")
     return found
 
 
@@ -345,20 +336,19 @@ def read_refs(root, name):
     """
     files = find_data_sets(root)
     if name not in files:
-        raise DataError(f"{root}: no data set {name!r}; found: {', '.join(files) or 'none'}; "
-                        f"{WHERE}")
+        raise DataError(f"{root}: no data set {name!r}; found: {', '.join(files)}; {WHERE}")
     path = refs_file = files[name]
     try:
         with open(path, "rb") as file:          # a pickle of Python 2 or 3
             entries = list(PlainUnpickler(file, encoding="utf-8", errors="replace").load())
         path = refs_file.with_name("instances.json")
         instances = json.loads(path.read_bytes())
-        images, annotations = ({entry["id"]: entry for entry in instances[key]}
-                               for key in ("images", "annotations"))
+        instances = {f"{kind} {entry['id']}": entry for kind in ("image", "annotation")
+                     for entry in instances[f"{kind}s"]}
     except Exception as error:                  # damaged files raise errors of many types
         raise DataError(f"{path}: cannot be read ({reason(error)})") from None
     folders = [Path(root, place) for place in (
-        "images/train2014", "images/mscoco/images/train2014", "images", path.parent / "images")]
+        "images/train2014", "images/mscoco/images/train2014", "images", f"{path.parent.name}/images")]
     photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
               for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
     if not photos:
@@ -366,26 +356,24 @@ def read_refs(root, name):
     splits, broken = {}, []
     for place, entry in enumerate(entries):
         try:
-            ref = read_ref(entry, images, annotations, photos)
+            ref = read_ref(entry, instances, photos)
             splits.setdefault(entry["split"], []).append(ref)
         except Exception as error:          # an entry of a wrong type can raise nearly anything
             broken.append(f"{refs_file}, entry {place}: not a usable ref ({reason(error)})")
     return splits, broken
 
 
-def read_ref(entry, images, annotations, photos):
+def read_ref(entry, instances, photos):
     """Makes a Ref from one entry of a refs file. A broken entry can raise any error."""
-    image_id, ann_id = entry["image_id"], entry["ann_id"]
-    if image_id not in images or ann_id not in annotations:
-        raise DataError(f"image {image_id} or annotation {ann_id} is not in instances.json")
-    image, segmentation = images[image_id], annotations[ann_id]["segmentation"]
+    image = instances[f"image {entry['image_id']}"]
+    segmentation = instances[f"annotation {entry['ann_id']}"]["segmentation"]
     name = image["file_name"]           # the entry's own file_name is not that of a file
     if name not in photos:
         raise DataError(f"no image folder holds {name}")
     sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
     if not segmentation or not all(map(clean, sentences or [""])):
         raise DataError("its mask or an expression is empty")
-    return Ref(entry["ref_id"], image_id, photos[name], image["width"], image["height"],
+    return Ref(entry["ref_id"], entry["image_id"], photos[name], image["width"], image["height"],
                segmentation, sentences)
 
 
@@ -488,50 +476,33 @@ ROW, COLUMN = np.mgrid[:64 * FINE, :64 * FINE] % (5 * FINE) / (5 * FINE)
 LIGHTER = {"striped": Image.fromarray(COLUMN < 0.4),        # where a figure of a texture is lighter
            "dotted": Image.fromarray(np.hypot(COLUMN - 0.5, ROW - 0.5) < 0.32)}
 
-
-class Domain(NamedTuple):
-    """What the scenes of one drawn data set are made of, and the words for it."""
-    colours: dict
-    sizes: dict                 # range of the radius, as a part of the canvas's longer side
-    kinds: tuple                # of KINDS
-    textures: tuple             # none: all figures are plain, and expressions name no texture
-    relations: dict             # of two figures, by the direction from one to the other
-    shares: tuple               # of expressions by appearance, by place, by relation
-    ground: tuple               # range of the background's brightness, from 0 to 255
-    noise: float                # standard deviation, of 255
-
-
+# What the scenes of a drawn data set are made of, and the words for it.
+Domain = namedtuple("Domain", "colours sizes kinds textures relations shares ground noise")
 DOMAINS = {
     "shapes": Domain(
-        {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
-         "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)},
-        {"small": (0.13, 0.15), "large": (0.20, 0.235)},
-        ("circle", "square", "triangle", "star"), (),
-        {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)},
-        shares=(0.5, 0.3, 0.2), ground=(200, 245), noise=5),
+        colours={"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
+                 "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)},
+        sizes={"small": (0.13, 0.15), "large": (0.20, 0.235)},      # radius, of the longer side
+        kinds=("circle", "square", "triangle", "star"), textures=(),
+        relations={"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)},
+        shares=(0.5, 0.3, 0.2),         # of expressions by appearance, by place, by relation
+        ground=(200, 245), noise=5),    # range of brightness, and standard deviation, of 255
     "shapes-b": Domain(
-        {"pink": (240, 130, 175), "teal": (20, 140, 140), "brown": (125, 75, 40),
-         "lime": (165, 215, 40), "navy": (25, 35, 110), "coral": (235, 95, 75)},
-        {"little": (0.13, 0.15), "big": (0.20, 0.235)},
-        ("circle", "square", "triangle", "star", "diamond"), ("plain", "striped", "dotted"),
-        {"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1), "under": (0, 1),
-         "nearest to": None}, shares=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
+        colours={"pink": (240, 130, 175), "teal": (20, 140, 140), "brown": (125, 75, 40),
+                 "lime": (165, 215, 40), "navy": (25, 35, 110), "coral": (235, 95, 75)},
+        sizes={"little": (0.13, 0.15), "big": (0.20, 0.235)},
+        kinds=("circle", "square", "triangle", "star", "diamond"),
+        textures=("plain", "striped", "dotted"),
+        relations={"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1),
+                   "under": (0, 1), "nearest to": (0, 0)},
+        shares=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
 }
 # The words of all domains. Each becomes one token of each vocabulary, so a text tower that was
 # trained on one domain can be tuned on the other. It still has to learn what the new words mean.
 WORDS = sorted({word for domain in DOMAINS.values() for names in domain[:5]
                 for name in names for word in name.split()})
-
-
-class Figure(NamedTuple):
-    size: str
-    texture: str
-    colour: str
-    kind: str
-    x: float
-    y: float
-    reach: float                # radius of the circle around it, pixels
-    points: list                # outline, pixels
+# The words for a figure; in pixels: its centre, the radius of a circle around it, its outline.
+Figure = namedtuple("Figure", "size texture colour kind x y radius points")
 
 
 def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
@@ -544,7 +515,7 @@ def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
         radius = side * rng.uniform(*domain.sizes[size])
         reach = radius * KINDS[kind][1] + 1
         x, y = (rng.uniform(reach, extent - reach) for extent in (width, height))
-        if all(math.hypot(x - f.x, y - f.y) > reach + f.reach for f in figures):
+        if all(math.hypot(x - f.x, y - f.y) > reach + f.radius for f in figures):
             turn = rng.uniform(-0.05, 0.05) + (math.pi / 4 if kind == "square" else 0)
             count, *radii = KINDS[kind]
             corners = [(2 * math.pi * i / count + turn, radius * radii[i % 2])
@@ -571,29 +542,24 @@ def expressions(figure, figures, margin, domain=DOMAINS["shapes"]):
     is neither left nor right, and gives no expression.
     """
     appearances, places, relations = [], [], []
-    others = [f for f in figures if f is not figure]
-    common = Counter(phrase for f in figures for phrase in phrases_of(f))
-    anchors = [(phrase, f) for f in others for phrase in phrases_of(f) if common[phrase] == 1]
+    named = [(phrase, f) for f in figures for phrase in phrases_of(f)]
+    times = Counter(phrase for phrase, _ in named)
     for phrase in phrases_of(figure):
-        rivals = [f for f in others if phrase in phrases_of(f)]
+        rivals = [f for other, f in named if other == phrase and f is not figure]
         if not rivals:
             appearances.append(f"the {phrase}")
             continue
         for word, (dx, dy) in EXTREMES.items():
             if all((figure.x - f.x) * dx + (figure.y - f.y) * dy > margin for f in rivals):
                 places.append(f"the {word} {phrase}")
-        for anchor, at in anchors:
-            if at in rivals:
+        for anchor, at in named:
+            if times[anchor] > 1 or at in (figure, *rivals):
                 continue
-            for word, direction in domain.relations.items():
-                if direction:
-                    ahead, *behind = [(f.x - at.x) * direction[0] + (f.y - at.y) * direction[1]
-                                      for f in (figure, *rivals)]
-                    holds = ahead > margin and max(behind) < -margin
-                else:
-                    near, *far = [math.hypot(f.x - at.x, f.y - at.y) for f in (figure, *rivals)]
-                    holds = near < min(far) - margin
-                if holds:
+            near, *far = [math.hypot(f.x - at.x, f.y - at.y) for f in (figure, *rivals)]
+            for word, (dx, dy) in domain.relations.items():
+                ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
+                nearest = word == "nearest to" and near < min(far) - margin
+                if nearest or ahead > margin and max(behind) < -margin:
                     relations.append(f"the {phrase} {word} the {anchor}")
     return appearances, places, relations
 
@@ -627,20 +593,18 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
     for figure in figures:
         outline = [round(v, 2) for point in figure.points for v in point]
         mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([outline], height, width))
-        segmentation = [outline]
-        if rng.random() < 0.25:         # COCO's RLE: lengths of runs by columns, zeros first
-            starts = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
-            segmentation = {"size": [height, width],
-                            "counts": np.diff([0, *starts, mask.size]).tolist()}
-        annotation = {"id": len(coco["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
-                      "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
-                      "segmentation": segmentation}
-        coco["annotations"].append(annotation)
+        # COCO's RLE: the lengths of runs along the columns, zeros first.
+        starts = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
+        rle = {"size": [height, width], "counts": np.diff([0, *starts, mask.size]).tolist()}
+        coco["annotations"].append({
+            "id": len(coco["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
+            "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
+            "segmentation": rle if rng.random() < 0.25 else [outline]})
         choices = expressions(figure, figures, 0.06 * max(width, height), domain)
         if any(choices):
             weights = [share if texts else 0 for share, texts in zip(domain.shares, choices)]
             sentences = {rng.choice(texts) for texts in rng.choices(choices, weights, k=3)}
-            described.append((annotation, sorted(sentences)))
+            described.append((coco["annotations"][-1], sorted(sentences)))
     for annotation, sentences in rng.sample(described, min(2, len(described))):
         refs.append({
             "ref_id": len(refs) + 1, "ann_id": annotation["id"], "image_id": image_id,
@@ -696,11 +660,8 @@ def learn_merges(texts):
 
 def check(root):
     """Prints a Markdown table that compares the data sets in ROOT with their published sizes."""
-    names = find_data_sets(root)
-    if not names:
-        raise DataError(f"{root}: no folder with a refs(*).p in it; {WHERE}")
     print("| data set | split | refs | expressions | |\n|---|---|---:|---:|---|")
-    for name in names:
+    for name in find_data_sets(root):
         splits, broken = read_refs(root, name)
         for split, refs in splits.items():
             counts = len(refs), sum(len(ref.sentences) for ref in refs)
@@ -713,8 +674,7 @@ def check(root):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip())
     parser.add_argument("command", choices=[*DOMAINS, "check"])
     parser.add_argument("dir", metavar="DIR")
     args = parser.parse_args()
