@@ -62,8 +62,7 @@ def normalise(images):
 def read_photo(path, upright=False):
     """Reads an RGB image. Raises DataError if it is not an image, is truncated, or is too large.
 
-    `upright` applies EXIF's rotation, as a phone's photo needs it. COCO's polygons need the pixels
-    as they are stored.
+    `upright` applies EXIF's rotation, as phones need it. COCO's polygons need the stored pixels.
     """
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
@@ -112,9 +111,8 @@ def warp(image, scale, left, top, width, height, cubic=True):
     """Resizes and moves an image: pixel (x, y) moves to (left + scale * x, top + scale * y).
 
     Takes (W, H, C), float; returns (C, height, width). Bicubic or bilinear without antialiasing; 0
-    outside the image. It equals OpenCV 4's cv2.warpAffine, with which the authors' programs resize
-    photos, masks and predictions: positions are rounded to 1/32 pixel (by OpenCV 5.0 they are not).
-    Without a rotation, the two axes can be resized one by one.
+    outside the image. It equals OpenCV 4's cv2.warpAffine, as the authors' programs call it, which
+    rounds positions to 1/32 pixel (OpenCV 5.0 does not). The two axes are resized one by one.
     """
     if width * image.shape[1] > height * len(image):        # first the axis that shrinks more
         return warp(image.transpose(0, 1), scale, top, left, height, width, cubic).transpose(1, 2)
@@ -140,8 +138,7 @@ def taps(length, side, scale, shift, cubic, device):
     x = torch.arange(side, dtype=torch.float64)
     place = (1024 * x / scale).round() - round(1024 * shift / scale)        # in 1/1024 pixel
     place = ((place + 16) / 32).floor()[:, None] / 32                       # to 1/32, in pixels
-    offsets = torch.arange(-1, 3) if cubic else torch.arange(2)
-    index = place.floor().long() + offsets
+    index = place.floor().long() + (torch.arange(-1, 3) if cubic else torch.arange(2))
     distance = (place - index).abs()
     weights = 1 - distance
     if cubic:
@@ -273,7 +270,7 @@ PUBLISHED_SIZES = {
     "refcocog-google": {"train": (44822, 85474), "val": (5000, 9536)},
 }
 MIXED = ("refcoco", "refcoco+", "refcocog-umd")
-# The refs file that the folder's name alone stands for. A folder of another name may hold only one.
+# NAME alone is the refs file of this SPLITBY. In folders of other names it is the only refs file.
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": None}
 # Tokens per expression, with start and end, as the authors cut them.
 LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog-umd": 22, "refcocog-google": 22, "mixed": 22}
@@ -347,8 +344,8 @@ def read_refs(root, name):
                      for entry in instances[f"{kind}s"]}
     except Exception as error:                  # damaged files raise errors of many types
         raise DataError(f"{path}: cannot be read ({reason(error)})") from None
-    folders = [Path(root, place) for place in (
-        "images/train2014", "images/mscoco/images/train2014", "images", f"{path.parent.name}/images")]
+    folders = [Path(root, "images/train2014"), Path(root, "images/mscoco/images/train2014"),
+               Path(root, "images"), path.parent / "images"]
     photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
               for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
     if not photos:
@@ -387,7 +384,6 @@ NUMBERS = r"\d" + "".join(c for c in map(chr, range(sys.maxunicode + 1))
                           if c.isnumeric() and not c.isdecimal() and not c.isalpha())
 PIECES = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                     rf"|[^\W_{NUMBERS}]+|[{NUMBERS}]|(?:[^\w ]|_)+")
-
 # CLIP's printable character for each of the 256 bytes, in the order of its vocabulary.
 BYTES = {b: chr(b) for b in range(256) if "!" <= chr(b) <= "~" or "¡" <= chr(b) != "\xad"}
 BYTES |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTES)}
@@ -422,8 +418,8 @@ class Tokenizer:
 
     `tokenizer(texts, length)` gives token ids, int64 (B, length): start, pieces, end, then 0. A
     text that is too long keeps its end token last. Raises DataError if the file is no vocabulary.
-    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py. We leave out its
-    repair of garbled encodings (ftfy).
+    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py. Its repair of
+    garbled encodings (ftfy) is left out.
     """
 
     def __init__(self, path):
@@ -483,7 +479,7 @@ DOMAINS = {
         colours={"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
                  "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)},
         sizes={"small": (0.13, 0.15), "large": (0.20, 0.235)},      # radius, of the longer side
-        kinds=("circle", "square", "triangle", "star"), textures=(),
+        kinds=("circle", "square", "triangle", "star"), textures=(),      # none is named
         relations={"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)},
         shares=(0.5, 0.3, 0.2),         # of expressions by appearance, by place, by relation
         ground=(200, 245), noise=5),    # range of brightness, and standard deviation, of 255
@@ -538,8 +534,7 @@ def phrases_of(figure):
 def expressions(figure, figures, margin, domain=DOMAINS["shapes"]):
     """All expressions that refer to this figure alone: by appearance, by place, by relation.
 
-    Places and relations compare the figures' centres. A difference of less than `margin` (pixels)
-    is neither left nor right, and gives no expression.
+    Places and relations compare the figures' centres, which must differ by `margin` (pixels).
     """
     appearances, places, relations = [], [], []
     named = [(phrase, f) for f in figures for phrase in phrases_of(f)]
@@ -552,9 +547,8 @@ def expressions(figure, figures, margin, domain=DOMAINS["shapes"]):
         for word, (dx, dy) in EXTREMES.items():
             if all((figure.x - f.x) * dx + (figure.y - f.y) * dy > margin for f in rivals):
                 places.append(f"the {word} {phrase}")
-        for anchor, at in named:
-            if times[anchor] > 1 or at in (figure, *rivals):
-                continue
+        anchors = [(p, f) for p, f in named if times[p] == 1 and f not in (figure, *rivals)]
+        for anchor, at in anchors:
             near, *far = [math.hypot(f.x - at.x, f.y - at.y) for f in (figure, *rivals)]
             for word, (dx, dy) in domain.relations.items():
                 ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
@@ -618,8 +612,8 @@ def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
     """Draws a data set of DOMAINS into ROOT/NAME, in the REFER layout, and returns that folder.
 
     `scenes` is {split: number}. Two figures of each scene have up to three expressions each. One
-    mask in four is stored as RLE. The vocabulary `merges.txt` is learned from the training
-    expressions and WORDS. The folder appears only when it is complete.
+    mask in four is an RLE. The vocabulary `merges.txt` is learned from the training expressions
+    and WORDS. The folder appears only when it is complete.
     """
     folder = Path(root, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -660,8 +654,10 @@ def learn_merges(texts):
 
 def check(root):
     """Prints a Markdown table that compares the data sets in ROOT with their published sizes."""
-    print("| data set | split | refs | expressions | |\n|---|---|---:|---:|---|")
-    for name in find_data_sets(root):
+    names = find_data_sets(root)
+    print("| data set | split | refs | expressions | |")
+    print("|---|---|---:|---:|---|")
+    for name in names:
         splits, broken = read_refs(root, name)
         for split, refs in splits.items():
             counts = len(refs), sum(len(ref.sentences) for ref in refs)
@@ -674,21 +670,21 @@ def check(root):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip())
+    parser = argparse.ArgumentParser(usage="\n" + __doc__.split("\n\n")[1])
     parser.add_argument("command", choices=[*DOMAINS, "check"])
     parser.add_argument("dir", metavar="DIR")
     args = parser.parse_args()
-    if args.command == "check":
-        check(args.dir)
-    elif Path(args.dir, args.command).exists():
-        raise DataError(f"{Path(args.dir, args.command)} exists already; remove it to draw again")
-    else:
-        print(draw_shapes(args.dir, name=args.command))
+    folder = Path(args.dir, args.command)
+    try:
+        if args.command == "check":
+            check(args.dir)
+        elif folder.exists():
+            raise DataError(f"{folder} exists already; remove it to draw again")
+        else:
+            print(draw_shapes(args.dir, name=args.command))
+    except (DataError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()
