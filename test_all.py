@@ -1816,7 +1816,7 @@ class Refer(unittest.TestCase):
         self.assertEqual(len(self.read("mine-other")), 6)
         for name, split, message in (
                 ("mine", "train", "no data set 'mine'.*mine-other, mine-unc"),
-                ("refcocog-umd", "train", "no data set 'refcocog-umd'.*found: mine-other, mine-unc, ref"),
+                ("refcocog-umd", "train", "'refcocog-umd'; found: mine-other, mine-unc, ref"),
                 ("refcoco", "testA", "no split 'testA'; found: train, val")):
             with self.assertRaisesRegex(data.DataError, message):
                 self.read(name, split)
