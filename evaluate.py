@@ -152,7 +152,7 @@ def evaluate_all(args, rank, world, device, dtype):
         about = [path, run.get("preset", "released " * released + net.config.method),
                  f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
-        for split in args.split or data.held_out_splits(args.data, name, args.skip_broken):
+        for split in args.split or data.held_out_splits(args.data, name):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
                                          args.length or usual, args.skip_broken)
