@@ -23,12 +23,10 @@ References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), 
 
 import argparse
 import hashlib
-import http.client
 import math
 import os
 import re
 import sys
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -40,7 +38,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from tqdm import tqdm
 
 
 class WeightsError(ValueError):
@@ -175,7 +172,6 @@ class ViT(nn.Module):
         super().__init__()
         self.shape, family = shape, FAMILIES[shape.family]
         self.prefix = 1 + shape.registers       # tokens before the patches
-        self.frozen = False
         self.legacy_position_resize = False     # as DINOv2's first release resized them
         width = shape.width
         self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch,
@@ -184,8 +180,6 @@ class ViT(nn.Module):
         self.registers = (nn.Parameter(torch.zeros(1, shape.registers, width))
                           if shape.registers else None)
         self.position = nn.Parameter(torch.zeros(1, 1 + shape.grid ** 2, width))
-        if family.mask_token:           # not used here; a part of the files
-            self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.norm_before = nn.LayerNorm(width, family.eps) if family.norm_before else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(width, shape.heads, family) for _ in range(shape.depth))
@@ -195,9 +189,6 @@ class ViT(nn.Module):
         for parameter in (self.class_token, self.registers, self.position):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
-
-    def train(self, mode=True):
-        return super().train(mode and not self.frozen)
 
     def grid(self, images):
         """Rows and columns of patches of images (B, 3, H, W)."""
@@ -280,7 +271,6 @@ class TextTransformer(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape = shape
-        self.frozen = False
         width = shape.width
         self.embedding = nn.Embedding(shape.vocabulary, width)
         self.position = nn.Parameter(torch.zeros(shape.positions, width))
@@ -288,14 +278,9 @@ class TextTransformer(nn.Module):
             Block(width, shape.heads, FAMILIES[shape.family]) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width, FAMILIES[shape.family].eps)
         self.projection = nn.Parameter(torch.zeros(width, shape.embed))
-        # The temperature of CLIP's pretraining loss: not used here; a part of the files.
-        self.logit_scale = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
         nn.init.normal_(self.projection, std=width ** -0.5)
-
-    def train(self, mode=True):
-        return super().train(mode and not self.frozen)
 
     def embed(self, tokens):
         """Token ids (B, L) to the tokens that enter the first block (B, L, D)."""
@@ -329,23 +314,6 @@ def after_end(tokens):
     The authors' programs test for id 0 instead, which is also the id of a "!" inside a word.
     """
     return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
-
-
-def freeze(tower):
-    """Its parameters get no gradient (gradients pass through to the adapters), and it stays in eval
-    mode, even after `train()`."""
-    tower.frozen = True
-    return tower.requires_grad_(False).eval()
-
-
-def unfreeze(tower):
-    """The tower learns, except for the two tensors that only pretraining uses."""
-    tower.frozen = False
-    tower.requires_grad_(True)
-    for name in ("mask_token", "logit_scale"):
-        if hasattr(tower, name):
-            getattr(tower, name).requires_grad_(False)
-    return tower.train()
 
 
 # ---- EVA-02's variants, families and shapes -------------------------------------------------
@@ -421,12 +389,11 @@ class Family(NamedTuple):
     layer_scale: bool = False       # a learned factor per channel at the end of both branches
     eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
     norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
-    mask_token: bool = False        # of self-supervised pretraining
     antialias: bool = False         # when the grid of positions is resized
 
 
 FAMILIES = {
-    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
+    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, antialias=True),
     "clip": Family(quick_gelu, norm_before=True),
     "eva": Family(F.silu, eps=1e-6, eva=True),
     "clip text": Family(quick_gelu, causal=True),
@@ -501,71 +468,10 @@ PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, digest)
      "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"))}
 
 
-def name_tables(text):
-    """The columns of a table of names, each as the (pattern, replacement) pairs of `renamed`.
-
-    The first column is the beginning of a name here, or a part of it if a dot comes first. The
-    others are what takes its place in a file; "-" where nothing changes or there is no such tensor.
-    """
-    rows = [line.split() for line in text.strip().splitlines()]
-    patterns = [("" if ours.startswith(".") else "^") + re.escape(ours) for ours, *_ in rows]
-    columns = list(zip(*rows))[1:]
-    return [[(pattern, theirs) for pattern, theirs in zip(patterns, column) if theirs != "-"]
-            for column in columns]
-
-
-# here                   DINOv2             CLIP                    EVA-02's vision tower
-DINOV2_NAMES, CLIP_NAMES, EVA_NAMES = name_tables("""
-  class_token            cls_token          class_embedding         cls_token
-  position               pos_embed          positional_embedding    pos_embed
-  registers              register_tokens    -                       -
-  patch.                 patch_embed.proj.  conv1.                  patch_embed.proj.
-  embedding.             -                  token_embedding.        -
-  norm_before.           -                  ln_pre.                 -
-  norm.                  -                  ln_post.                -
-  projection.weight      -                  proj                    head.weight
-  projection.bias        -                  -                       head.bias
-  projection             -                  text_projection         -
-  blocks.                -                  transformer.resblocks.  -
-  .norm1.                -                  .ln_1.                  -
-  .norm2.                -                  .ln_2.                  -
-  .attention.qkv.        .attn.qkv.         .attn.in_proj_          -
-  .attention.query.bias  -                  -                       .attn.q_bias
-  .attention.value.bias  -                  -                       .attn.v_bias
-  .attention.query.      -                  -                       .attn.q_proj.
-  .attention.key.        -                  -                       .attn.k_proj.
-  .attention.value.      -                  -                       .attn.v_proj.
-  .attention.norm.       -                  -                       .attn.inner_attn_ln.
-  .attention.out.        .attn.proj.        .attn.out_proj.         .attn.proj.
-  .scale1.               .ls1.              -                       -
-  .scale2.               .ls2.              -                       -
-  .mlp.gate.             -                  -                       .mlp.w1.
-  .mlp.up.               .mlp.fc1.          .mlp.c_fc.              .mlp.w2.
-  .mlp.norm.             -                  -                       .mlp.ffn_ln.
-  .mlp.down.             .mlp.fc2.          .mlp.c_proj.            .mlp.w3.
-""")
-# here             Hugging Face's DINOv2                    Hugging Face's CLIP
-HF_DINOV2_NAMES, HF_CLIP_NAMES = name_tables("""
-  class_token      embeddings.cls_token                     embeddings.class_embedding
-  position         embeddings.position_embeddings           embeddings.position_embedding.weight
-  registers        embeddings.register_tokens               -
-  mask_token       embeddings.mask_token                    -
-  patch.           embeddings.patch_embeddings.projection.  embeddings.patch_embedding.
-  embedding.       -                                        embeddings.token_embedding.
-  norm_before.     -                                        pre_layrnorm.
-  norm.            layernorm.                               post_layernorm.
-  projection.      -                                        visual_projection.
-  projection       -                                        text_projection.weight
-  blocks.          encoder.layer.                           encoder.layers.
-  .norm1.          -                                        .layer_norm1.
-  .norm2.          -                                        .layer_norm2.
-  .attention.qkv.  .attention.attention.qkv.                .self_attn.qkv.
-  .attention.out.  .attention.output.dense.                 .self_attn.out_proj.
-  .scale1.gamma    .layer_scale1.lambda1                    -
-  .scale2.gamma    .layer_scale2.lambda1                    -
-  .mlp.up.         .mlp.fc1.                                .mlp.fc1.
-  .mlp.down.       .mlp.fc2.                                .mlp.fc2.
-""")
+def columns(table):
+    """The columns of a table of names, as (here, in a file) pairs for `renamed`; "-": no change."""
+    ours, *files = zip(*(line.split() for line in table.strip().splitlines()))
+    return [[pair for pair in zip(ours, theirs) if pair[1] != "-"] for theirs in files]
 
 
 def renamed(name, names):
@@ -575,46 +481,73 @@ def renamed(name, names):
     return name
 
 
-class Layout(NamedTuple):
-    """How the files of one publisher name and shape the tensors of one tower."""
-    family: str             # a name in FAMILIES
-    mark: str               # a tensor that only this layout has
-    belongs: str            # regular expression of the names of this tower's tensors
-    names: list             # for `renamed`
-    views: dict = {}        # our name -> function from our tensor to a view in the stored shape
-    qkv: tuple = ("qkv",)   # the names of the query, key and value layers, or of the fused one
-
-
+# here (a pattern)   DINOv2             CLIP                    Hugging Face's CLIP
+DINOV2_NAMES, CLIP_NAMES, HF_CLIP_NAMES = columns(r"""
+  ^embedding         -                  token_embedding         embeddings.token_embedding
+  ^class_token       cls_token          class_embedding         embeddings.class_embedding
+  ^position          pos_embed          positional_embedding    embeddings.position_embedding.weight
+  ^registers         register_tokens    -                       -
+  ^patch             patch_embed.proj   conv1                   embeddings.patch_embedding
+  ^norm_before       -                  ln_pre                  pre_layrnorm
+  ^norm\.            -                  ln_post.                post_layernorm.
+  ^projection.weight -                  proj.T                  visual_projection.weight
+  ^projection        -                  text_projection         text_projection.weight.T
+  ^blocks            -                  transformer.resblocks   encoder.layers
+  .norm(\d)          -                  .ln_\1                  .layer_norm\1
+  .attention.qkv.    .attn.qkv.         .attn.in_proj_          .self_attn.qkv_proj.
+  .attention.out     .attn.proj         .attn.out_proj          .self_attn.out_proj
+  .scale(\d)         .ls\1              -                       -
+  .mlp.up            .mlp.fc1           .mlp.c_fc               .mlp.fc1
+  .mlp.down          .mlp.fc2           .mlp.c_proj             .mlp.fc2
+""")
 CLIP_VISION_NAMES = CLIP_NAMES + [("^", "visual.")]
 CLIP_TEXT_NAMES = [(r"^norm\.", "ln_final.")] + CLIP_NAMES
-# CLIP's class token (D) and positions (N, D).
-UNBATCHED = {"class_token": lambda tensor: tensor[0, 0], "position": lambda tensor: tensor[0]}
-VISION_LAYOUTS = [
-    Layout("dinov2", "register_tokens", "", DINOV2_NAMES),
-    Layout("clip", "visual.class_embedding", r"visual\.", CLIP_VISION_NAMES,
-           {**UNBATCHED, "projection.weight": torch.t}),
-    # EVA-02's files hold its rotary tables, too.
-    Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", r"visual\.(?!.*rope\.freqs_)",
-           EVA_NAMES + [("^", "visual.")]),
-    Layout("dinov2", "embeddings.register_tokens", "", HF_DINOV2_NAMES,
-           qkv=("query", "key", "value")),
-    Layout("clip", "vision_model.embeddings.class_embedding",
-           r"(vision_model(?!\.embeddings\.position_ids)|visual_projection)\.",
-           HF_CLIP_NAMES + [("^(?!visual_projection)", "vision_model.")], UNBATCHED,
-           qkv=("q_proj", "k_proj", "v_proj")),
-]
-TEXT_LAYOUTS = [
-    # OpenAI's archives have three plain numbers among their tensors.
-    Layout("clip text", "token_embedding.weight",
-           r"(?!visual\.|input_resolution|context_length|vocab_size)", CLIP_TEXT_NAMES),
-    Layout("eva text", "text.token_embedding.weight", r"text\.|logit_scale",
-           CLIP_TEXT_NAMES + [("^(?!logit_scale)", "text.")]),
-    Layout("clip text", "text_model.embeddings.token_embedding.weight",
-           r"(text_model(?!\.embeddings\.position_ids)|text_projection)\.|logit_scale",
-           [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES,
-            ("^(?!text_projection|logit_scale)", "text_model.")],
-           {"projection": torch.t}, qkv=("q_proj", "k_proj", "v_proj")),
-]
+# EVA-02's vision tower differs from DINOv2 where it has other layers.
+EVA_NAMES = [
+    (".attention.([qv])[a-z]+.bias", r".attn.\1_bias"),
+    (".attention.([qkv])[a-z]+.weight", r".attn.\1_proj.weight"),
+    (".attention.norm", ".attn.inner_attn_ln"), (".mlp.norm", ".mlp.ffn_ln"),
+    (".mlp.gate", ".mlp.w1"), (".mlp.up", ".mlp.w2"), (".mlp.down", ".mlp.w3"),
+    ("^projection", "head"), *DINOV2_NAMES, ("^", "visual.")]
+# Hugging Face renamed DINOv2's layers.
+HF_DINOV2_NAMES = DINOV2_NAMES + [
+    ("^blocks", "encoder.layer"), ("^norm", "layernorm"), ("attn.qkv", "attention.attention.qkv"),
+    ("attn.proj", "attention.output.dense"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"),
+    ("pos_embed", "position_embeddings"), ("patch_embed.proj", "patch_embeddings.projection"),
+    ("^(?=cls|pos|reg|patch)", "embeddings.")]
+# Stored as the transpose of our tensor; once transposed, they are called `.T`.
+TRANSPOSED = {"visual.proj", "text_projection.weight"}
+# Used in pretraining alone, computed here, or plain numbers.
+UNUSED = (r"mask_token|logit_scale|rope\.freqs_|position_ids|"
+          "input_resolution|context_length|vocab_size")
+
+
+class Layout(NamedTuple):
+    """How the files of one publisher name the tensors of one tower."""
+    family: str             # a name in FAMILIES
+    mark: str               # a tensor that only this layout has
+    belongs: str            # regular expression of the beginning of this tower's names
+    names: list             # for `renamed`
+    qkv: tuple = ("qkv",)   # what the query, key and value layers are called, or the fused one
+
+
+LAYOUTS = {
+    "vision": [
+        Layout("dinov2", "register_tokens", "", DINOV2_NAMES),
+        Layout("clip", "visual.class_embedding", "visual", CLIP_VISION_NAMES),
+        Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", "visual", EVA_NAMES),
+        Layout("dinov2", "embeddings.register_tokens", "", HF_DINOV2_NAMES,
+               ("query", "key", "value")),
+        Layout("clip", "vision_model.embeddings.class_embedding", "vision_|visual_",
+               HF_CLIP_NAMES + [("^(?!visual_)", "vision_model.")], ("q", "k", "v"))],
+    "text": [
+        Layout("clip text", "token_embedding.weight", "(?!visual)", CLIP_TEXT_NAMES),
+        Layout("eva text", "text.token_embedding.weight", "text",
+               CLIP_TEXT_NAMES + [("^", "text.")]),
+        Layout("clip text", "text_model.embeddings.token_embedding.weight", "text_",
+               [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES,
+                ("^(?!text_)", "text_model.")], ("q", "k", "v"))],
+}
 
 
 # ---- Loading and fetching -------------------------------------------------------------------
@@ -630,15 +563,15 @@ def load_vision(path, image_size=None, state=None):
     naming the tensor, for anything missing, extra or misshapen; OSError if the file cannot be read;
     ValueError if the patch does not divide `image_size`. `state`: the tensors, if they were read.
     """
-    state, layout, depth, size = in_layout(path, "vision", VISION_LAYOUTS, state)
-    width = size("patch.weight", 0)
-    dinov2 = layout.family == "dinov2"
-    shape = VisionShape(
-        patch=size("patch.weight", 3), width=width, depth=depth, heads=width // 64,
-        grid=math.isqrt(size("position", -2) - 1),
-        registers=size("registers", 1) if dinov2 else 0,
-        embed=0 if dinov2 else size("projection.weight", 0), family=layout.family)
-    tower = tower_from(ViT, shape, state, path, layout)
+    def shape(size, depth, family):
+        width, dinov2 = size("patch.weight", 0), family == "dinov2"
+        return VisionShape(
+            size("patch.weight", 3), width, depth, heads=width // 64,
+            grid=math.isqrt(size("position", -2) - 1),
+            registers=size("registers", 1) if dinov2 else 0,
+            embed=0 if dinov2 else size("projection.weight", 0), family=family)
+
+    tower = load_tower("vision", path, state, ViT, shape)
     if image_size is not None:
         tower.resize(image_size)
     return tower
@@ -650,58 +583,50 @@ def load_text(path, state=None):
     `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). `state` and errors: as for
     `load_vision`.
     """
-    state, layout, depth, size = in_layout(path, "text", TEXT_LAYOUTS, state)
-    state.setdefault("logit_scale", torch.zeros(()))    # files of a text tower alone have none
-    width = size("embedding.weight", 1)
-    shape = TextShape(
-        width, depth, heads=width // 64, embed=size("projection", 1),
-        vocabulary=size("embedding.weight", 0), positions=size("position", 0),
-        family=layout.family)
-    return tower_from(TextTransformer, shape, state, path, layout)
+    def shape(size, depth, family):
+        vocabulary, width = (size("embedding.weight", axis) for axis in (0, 1))
+        return TextShape(width, depth, heads=width // 64, embed=size("projection", 1),
+                         vocabulary=vocabulary, positions=size("position", 0), family=family)
+
+    return load_tower("text", path, state, TextTransformer, shape)
 
 
-def in_layout(path, kind, layouts, state):
-    """The tensors of one tower in a file: (state, layout, depth, size).
+def load_tower(kind, path, state, tower_class, shape):
+    """A frozen tower in single precision from a file in one of LAYOUTS[kind].
 
-    `size(name, axis)` is the length of one axis of the tensor that we call `name`.
+    `shape(size, depth, family)` gives its shape; `size(name, axis)` is the length of one axis of
+    the tensor that we call `name`.
     """
     state = read_tensors(path) if state is None else state
-    layout = next((layout for layout in layouts if layout.mark in state), None)
+    layout = next((layout for layout in LAYOUTS[kind] if layout.mark in state), None)
     if layout is None:
-        marks = ", ".join(f"{layout.mark} ({layout.family})" for layout in layouts)
+        marks = [layout.mark for layout in LAYOUTS[kind]]
         raise WeightsError(f"{path}: no {kind} tower of a known family, each of which has one of "
-                           f"{marks}; found {', '.join(list(state)[:4])}, ...")
-    state = {name: tensor for name, tensor in state.items() if re.match(layout.belongs, name)}
-    block = re.escape(renamed("blocks.", layout.names)) + r"(\d+)\."
-    depth = len({match[1] for match in (re.match(block, name) for name in state) if match})
+                           f"{marks}; found {list(state)[:4]}")
+    state = {name: tensor for name, tensor in state.items()
+             if re.match(layout.belongs, name) and not re.search(UNUSED, name)}
+    for name in TRANSPOSED & state.keys():
+        state[f"{name}.T"] = state.pop(name).t()
+    blocks = renamed("blocks.", layout.names)
+    depth = len({name[len(blocks):].split(".")[0] for name in state if name.startswith(blocks)})
 
     def size(name, axis):
         stored = renamed(name, layout.names)
-        if layout.views.get(name) is torch.t:
-            axis = 1 - axis
         try:
             return state[stored].shape[axis]
         except (KeyError, IndexError):
             raise WeightsError(f"{path}: tensor {stored} is missing or misshapen") from None
 
-    return state, layout, max(depth, 1), size
-
-
-def tower_from(tower_class, shape, state, path, layout):
-    """A frozen tower of this shape that holds exactly these tensors, in single precision."""
     with torch.device("meta"):
-        tower = tower_class(shape)
+        tower = tower_class(shape(size, depth, layout.family))
     tower.to_empty(device="cpu")
-    stored = {}             # views of the tower's tensors, as the file names and shapes them
+    expected = {}
     for name, tensor in tower.state_dict().items():
-        theirs, tensor = renamed(name, layout.names), layout.views.get(name, unchanged)(tensor)
-        if ".qkv." in name:
-            parts = zip(layout.qkv, tensor.chunk(len(layout.qkv)))
-            stored |= {theirs.replace("qkv", part): rows for part, rows in parts}
-        else:
-            stored[theirs] = tensor
-    load_tensors(tower, state, path, expected=stored)
-    return freeze(tower)
+        words = layout.qkv if ".qkv." in name else ("qkv",)
+        for word, rows in zip(words, tensor.chunk(len(words))):
+            expected[renamed(name, layout.names).replace("qkv", word)] = rows
+    load_tensors(tower, state, path, expected=expected)
+    return tower.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -709,23 +634,23 @@ def load_tensors(module, state, path, names=(), expected=None):
     """Copies each tensor of `state` into the module's tensor of the same name.
 
     `expected`: the part of `module.state_dict()`, or views of it, that is filled; all by default.
-    `names` translates its names into those of the file. Raises WeightsError that names, in the
-    file's words, the first tensor missing, unexpected or misshapen, and their count, or one with
-    numbers that are not finite.
+    `names` translates its names into those of the file. Axes of length one may be missing or extra.
+    Raises WeightsError that names, in the file's words, the first tensor missing, unexpected or
+    misshapen, and their count, or one with numbers that are not finite.
     """
     own = {renamed(name, names): tensor for name, tensor in
            (module.state_dict() if expected is None else expected).items()}
-    check_plain(path, state)
     for problem, found in (
             ("missing", [name for name in own if name not in state]),
             ("unexpected", [name for name in state if name not in own]),
             ("misshapen", [f"{name}, {tuple(state[name].shape)} in the file, "
                            f"{tuple(tensor.shape)} expected" for name, tensor in own.items()
-                           if name in state and state[name].shape != tensor.shape])):
+                           if name in state and state[name].squeeze().shape
+                           != tensor.squeeze().shape])):
         if found:
             raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: {found[0]}")
     for name, tensor in own.items():
-        if not tensor.copy_(state[name]).isfinite().all():
+        if not tensor.copy_(state[name].view_as(tensor)).isfinite().all():
             raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite in "
                                f"{tensor.dtype}")
 
@@ -746,23 +671,10 @@ def weight_file(path):
 def read_tensors(path):
     """Name -> tensor of a PyTorch file, TorchScript archive, .safetensors file, or their folder."""
     path = weight_file(path)
-    state = (read_safetensors(path)[0] if str(path).endswith(".safetensors") else
-             read_file(path))
-    check_plain(path, state)
-    return dict(state)
-
-
-NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
-
-
-def check_plain(path, state):
-    """Raises WeightsError unless `state` is a table of named tensors of ordinary numbers."""
+    state = read_safetensors(path)[0] if str(path).endswith(".safetensors") else read_file(path)
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: not a table of named tensors")
-    for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                and tensor.dtype in NUMBERS):
-            raise WeightsError(f"{path}: {name} is not a plain tensor of numbers")
+    return state
 
 
 def read_safetensors(path):
@@ -793,17 +705,19 @@ def read_file(path):
     with open(path, "rb"):
         pass                                        # any error after this is about the content
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
-            warnings.simplefilter("ignore")         # about TorchScript's age, or a foreign pickle
-            code = []                               # the program of a TorchScript archive
+        # The warnings are about TorchScript's age, or a foreign pickle.
+        with warnings.catch_warnings(action="ignore"), \
+                torch.serialization.safe_globals(NUMPY_NUMBERS):
+            program = b""                           # of a TorchScript archive
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
                     if archive.testzip():           # PyTorch does not look at the checksums
                         raise ValueError("a checksum is wrong")
-                    code = [archive.read(name) for name in archive.namelist() if "/code/" in name]
-            if any(b"__setstate__" in part for part in code):
-                raise ValueError("its program would run on loading")
-            if code:
+                    program = b"".join(archive.read(name) for name in archive.namelist()
+                                       if "/code/" in name)
+            if b"__setstate__" in program:          # it would run on loading
+                raise ValueError("it holds code")
+            if program:
                 return torch.jit.load(path, map_location="cpu").state_dict()
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                      # each reader has other exceptions
@@ -813,38 +727,24 @@ def read_file(path):
 
 def sha256(path):
     """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(name, folder="pretrained"):
     """Fetches a file of PUBLISHED into a folder, unless it is there, and returns its path.
 
-    The file gets its name only when it is whole and has the published SHA-256. Raises OSError if it
-    cannot be fetched or written, WeightsError for another SHA-256.
+    Raises WeightsError if it cannot be fetched, or has another SHA-256 than the published one, and
+    leaves no file then; OSError if the folder cannot be made.
     """
     published = PUBLISHED[name]
     target = os.path.join(folder, published.file)
-    if os.path.exists(target):
-        return target
-    os.makedirs(folder, exist_ok=True)
-    part = f"{target}.part"
-    with tqdm(desc=published.file, unit="B", unit_scale=True) as bar:
-        def show(blocks, block_size, total):
-            bar.total = total
-            bar.update(blocks * block_size - bar.n)
-
-        try:        # raises, unlike torch.hub's, if the connection ends early
-            urllib.request.urlretrieve(published.address, part, show)
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"{published.address}, fetched to {part}: {error}") from error
-    if published.sha256 not in (None, sha256(part)):
-        raise WeightsError(f"{part}: not the published file, whose SHA-256 is "
-                           f"{published.sha256[:16]}...; fetch it again")
-    os.replace(part, target)
+    if not os.path.exists(target):
+        os.makedirs(folder, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(published.address, target, published.sha256)
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(f"{published.address}, fetched to {target}: {error}") from error
     return target
 
 

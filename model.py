@@ -25,7 +25,7 @@ import backbones
 from adapters import (SCALE, BottleneckAdapter, Bridge, CompacterAdapter, DenseCrossAdapter,
                       DenseTextAdapter, GlobalShortcutTuning, Intertwiner, LoRA, NormalizingFlow,
                       global_prior)
-from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
+from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, sha256
 from head import Head
 
 PRETRAINED = Path("pretrained")
@@ -520,7 +520,7 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
             held = {name: tensor for name, tensor in init[1]["tensors"].items()
                     if name.startswith(f"{kind}.")}
             backbones.load_tensors(tower, held, init[0], [("^", f"{kind}.")])
-        towers[kind] = freeze(tower)
+        towers[kind] = tower.requires_grad_(False)
     model = wire(config, **towers)
     model.sources = sources
     return model
@@ -536,8 +536,8 @@ def wire(config, vision, text):
     method, _ = METHODS[config.method]
     model = method(config, vision, text)
     if config.towers_learn:
-        backbones.unfreeze(vision)
-        backbones.unfreeze(text)
+        vision.requires_grad_(True)
+        text.requires_grad_(True)
     if config.train_positions:
         if vision.shape.family == "clip":
             vision.resize(config.image_size)
@@ -795,7 +795,6 @@ def load_released(path, state):
     authors' configurations give: 8 heads, 17 tokens, the blocks whose maps the head takes, and
     448 pixels for DETRIS. (ETRIS's grid of positions is that of the photo.) Raises WeightsError.
     """
-    backbones.check_plain(path, state)
     detris = any(name.startswith("dinov2.") for name in state)
     vision_prefix, text_prefix = ("dinov2.", "txt_backbone.") if detris else 2 * ("backbone.",)
     rest = {name: tensor for name, tensor in state.items() if ".adapter." in name
