@@ -67,27 +67,44 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused query-key-value layer."""
+    """Multi-head self-attention with one fused query-key-value layer.
 
-    def __init__(self, width, heads):
+    EVA-02's keys have no bias, and it has a LayerNorm before the output layer.
+    """
+
+    def __init__(self, width, heads, family):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width, bias=not family.eva)
+        self.query_bias, self.value_bias = (
+            nn.Parameter(torch.zeros(width)) if family.eva else None for _ in range(2))
+        self.norm = nn.LayerNorm(width, family.eps) if family.eva else nn.Identity()
         self.out = Linear(width, width)
 
     def forward(self, x, causal=False, rotary=None):
-        return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, rotary))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.query_bias is not None:
+            q, v = q + self.query_bias, v + self.value_bias
+        return self.out(self.norm(attend(q, k, v, self.heads, causal, rotary)))
 
 
 class MLP(nn.Module):
-    def __init__(self, width, activation):
+    """Two linear layers; EVA-02's is gated (SwiGLU), with a LayerNorm before its last layer."""
+
+    def __init__(self, width, family):
         super().__init__()
-        self.up = Linear(width, 4 * width)
-        self.activation = activation
-        self.down = Linear(4 * width, width)
+        # The three matrices of a gated MLP are as large as the two of an ordinary one.
+        hidden = 8 * width // 3 if family.eva else 4 * width
+        self.gate = Linear(width, hidden) if family.eva else None
+        self.up = Linear(width, hidden)
+        self.activation = family.activation
+        self.norm = nn.LayerNorm(hidden, family.eps) if family.eva else nn.Identity()
+        self.down = Linear(hidden, width)
 
     def forward(self, x):
-        return self.down(self.activation(self.up(x)))
+        h = self.up(x)
+        h = self.activation(h) if self.gate is None else self.activation(self.gate(x)) * h
+        return self.down(self.norm(h))
 
 
 class LayerScale(nn.Module):
@@ -121,12 +138,10 @@ class Block(nn.Module):
         super().__init__()
         self.causal = family.causal
         self.norm1 = nn.LayerNorm(width, family.eps)
-        self.attention = (InnerNormAttention(width, heads, family.eps) if family.eva else
-                          Attention(width, heads))
+        self.attention = Attention(width, heads, family)
         self.scale1 = LayerScale(width) if family.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, family.eps)
-        self.mlp = (GatedMLP(width, family.activation, family.eps) if family.eva else
-                    MLP(width, family.activation))
+        self.mlp = MLP(width, family)
         self.scale2 = LayerScale(width) if family.layer_scale else nn.Identity()
 
     def forward(self, x, attached=NOTHING, rotary=None):
@@ -316,7 +331,7 @@ def after_end(tokens):
     return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
 
 
-# ---- EVA-02's variants, families and shapes -------------------------------------------------
+# ---- Rotary positions, families and shapes --------------------------------------------------
 
 def rotary_tables(grid, channels, device=None):
     """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
@@ -342,39 +357,6 @@ def rotate(x, cos, sin):
     first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
     quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # rotated by 90 degrees
     return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
-
-
-class InnerNormAttention(nn.Module):
-    """EVA-02's: keys have no bias, and a LayerNorm comes before the output layer."""
-
-    def __init__(self, width, heads, eps):
-        super().__init__()
-        self.heads = heads
-        self.query = Linear(width, width)
-        self.key = Linear(width, width, bias=False)
-        self.value = Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
-        self.out = Linear(width, width)
-
-    def forward(self, x, causal=False, rotary=None):
-        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
-        return self.out(self.norm(x))
-
-
-class GatedMLP(nn.Module):
-    """EVA-02's SwiGLU, with a LayerNorm before its last layer."""
-
-    def __init__(self, width, activation, eps):
-        super().__init__()
-        hidden = 8 * width // 3         # three matrices as large as the two of an ordinary MLP
-        self.gate = Linear(width, hidden)
-        self.up = Linear(width, hidden)
-        self.activation = activation
-        self.norm = nn.LayerNorm(hidden, eps)
-        self.down = Linear(hidden, width)
-
-    def forward(self, x):
-        return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
 
 
 def quick_gelu(x):
@@ -504,8 +486,7 @@ CLIP_VISION_NAMES = CLIP_NAMES + [("^", "visual.")]
 CLIP_TEXT_NAMES = [(r"^norm\.", "ln_final.")] + CLIP_NAMES
 # EVA-02's vision tower differs from DINOv2 where it has other layers.
 EVA_NAMES = [
-    (".attention.([qv])[a-z]+.bias", r".attn.\1_bias"),
-    (".attention.([qkv])[a-z]+.weight", r".attn.\1_proj.weight"),
+    (".attention.qkv", ".attn.qkv_proj"), (".attention.(q|v)[a-z]+_bias", r".attn.\1_bias"),
     (".attention.norm", ".attn.inner_attn_ln"), (".mlp.norm", ".mlp.ffn_ln"),
     (".mlp.gate", ".mlp.w1"), (".mlp.up", ".mlp.w2"), (".mlp.down", ".mlp.w3"),
     ("^projection", "head"), *DINOV2_NAMES, ("^", "visual.")]
@@ -526,27 +507,24 @@ class Layout(NamedTuple):
     """How the files of one publisher name the tensors of one tower."""
     family: str             # a name in FAMILIES
     mark: str               # a tensor that only this layout has
-    belongs: str            # regular expression of the beginning of this tower's names
     names: list             # for `renamed`
     qkv: tuple = ("qkv",)   # what the query, key and value layers are called, or the fused one
 
 
 LAYOUTS = {
     "vision": [
-        Layout("dinov2", "register_tokens", "", DINOV2_NAMES),
-        Layout("clip", "visual.class_embedding", "visual", CLIP_VISION_NAMES),
-        Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", "visual", EVA_NAMES),
-        Layout("dinov2", "embeddings.register_tokens", "", HF_DINOV2_NAMES,
-               ("query", "key", "value")),
-        Layout("clip", "vision_model.embeddings.class_embedding", "vision_|visual_",
+        Layout("dinov2", "register_tokens", DINOV2_NAMES),
+        Layout("clip", "visual.class_embedding", CLIP_VISION_NAMES),
+        Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", EVA_NAMES, ("q", "k", "v")),
+        Layout("dinov2", "embeddings.register_tokens", HF_DINOV2_NAMES, ("query", "key", "value")),
+        Layout("clip", "vision_model.embeddings.class_embedding",
                HF_CLIP_NAMES + [("^(?!visual_)", "vision_model.")], ("q", "k", "v"))],
     "text": [
-        Layout("clip text", "token_embedding.weight", "(?!visual)", CLIP_TEXT_NAMES),
-        Layout("eva text", "text.token_embedding.weight", "text",
-               CLIP_TEXT_NAMES + [("^", "text.")]),
-        Layout("clip text", "text_model.embeddings.token_embedding.weight", "text_",
-               [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES,
-                ("^(?!text_)", "text_model.")], ("q", "k", "v"))],
+        Layout("clip text", "token_embedding.weight", CLIP_TEXT_NAMES),
+        Layout("eva text", "text.token_embedding.weight", CLIP_TEXT_NAMES + [("^", "text.")]),
+        Layout("clip text", "text_model.embeddings.token_embedding.weight",
+               [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES, ("^(?!text_)", "text_model.")],
+               ("q", "k", "v"))],
 }
 
 
@@ -597,14 +575,16 @@ def load_tower(kind, path, state, tower_class, shape):
     `shape(size, depth, family)` gives its shape; `size(name, axis)` is the length of one axis of
     the tensor that we call `name`.
     """
-    state = read_tensors(path) if state is None else state
+    state = read_file(weight_file(path))[0] if state is None else state
     layout = next((layout for layout in LAYOUTS[kind] if layout.mark in state), None)
     if layout is None:
         marks = [layout.mark for layout in LAYOUTS[kind]]
         raise WeightsError(f"{path}: no {kind} tower of a known family, each of which has one of "
                            f"{marks}; found {list(state)[:4]}")
+    # Files of CLIP and EVA-02 hold both towers; the names of vision tensors begin so.
+    prefix = r"visual|vision_" if layout.family in ("clip", "eva") else r"(?!visual|vision_)"
     state = {name: tensor for name, tensor in state.items()
-             if re.match(layout.belongs, name) and not re.search(UNUSED, name)}
+             if re.match(prefix, name) and not re.search(UNUSED, name)}
     for name in TRANSPOSED & state.keys():
         state[f"{name}.T"] = state.pop(name).t()
     blocks = renamed("blocks.", layout.names)
@@ -668,29 +648,6 @@ def weight_file(path):
     raise FileNotFoundError(f"{path}: a folder without {' or '.join(HF_FILES)}")
 
 
-def read_tensors(path):
-    """Name -> tensor of a PyTorch file, TorchScript archive, .safetensors file, or their folder."""
-    path = weight_file(path)
-    state = read_safetensors(path)[0] if str(path).endswith(".safetensors") else read_file(path)
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: not a table of named tensors")
-    return state
-
-
-def read_safetensors(path):
-    """Name -> tensor, and the metadata, of a .safetensors file. Raises WeightsError, OSError."""
-    try:
-        import safetensors
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except ImportError:
-        raise WeightsError(f"{path}: to read .safetensors files, pip install safetensors; or take "
-                           f"the same weights as {HF_FILES[1]}") from None
-    except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path}: not a readable .safetensors file: {error}; "
-                           f"fetch it again") from None
-
-
 # Some programs save a figure as a number of numpy's.
 NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
                    for core in ("core", "_core")),
@@ -698,28 +655,35 @@ NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.sca
 
 
 def read_file(path):
-    """What torch.save wrote, or the tensors of a TorchScript archive, without running any code.
+    """What torch.save wrote, or the tensors of a TorchScript archive or a .safetensors file.
 
-    Raises WeightsError for any other content, OSError if the file cannot be opened.
+    Runs no code of the file. The second result is the metadata of a .safetensors file, None for
+    others. Raises WeightsError for any other content, OSError if the file cannot be opened.
     """
     with open(path, "rb"):
         pass                                        # any error after this is about the content
     try:
-        # The warnings are about TorchScript's age, or a foreign pickle.
-        with warnings.catch_warnings(action="ignore"), \
-                torch.serialization.safe_globals(NUMPY_NUMBERS):
-            program = b""                           # of a TorchScript archive
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():           # PyTorch does not look at the checksums
-                        raise ValueError("a checksum is wrong")
-                    program = b"".join(archive.read(name) for name in archive.namelist()
-                                       if "/code/" in name)
-            if b"__setstate__" in program:          # it would run on loading
-                raise ValueError("it holds code")
+        if str(path).endswith(".safetensors"):
+            import safetensors
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        program = b""                               # of a TorchScript archive
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():               # PyTorch does not look at the checksums
+                    raise ValueError("a checksum is wrong")
+                program = b"".join(archive.read(name) for name in archive.namelist()
+                                   if "/code/" in name)
+        if b"__setstate__" in program:              # it would run on loading
+            raise ValueError("it holds code")
+        with warnings.catch_warnings(action="ignore"):      # TorchScript's age, foreign pickles
             if program:
-                return torch.jit.load(path, map_location="cpu").state_dict()
-            return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.jit.load(path, map_location="cpu").state_dict(), None
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                return torch.load(path, map_location="cpu", weights_only=True), None
+    except ImportError:
+        raise WeightsError(f"{path}: to read .safetensors files, pip install safetensors; or take "
+                           f"the same weights as {HF_FILES[1]}") from None
     except Exception as error:                      # each reader has other exceptions
         raise WeightsError(f"{path}: not a readable weight file: it is damaged, of another kind, "
                            f"or holds code, which is refused; fetch it again") from error

@@ -626,10 +626,7 @@ def read_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    if str(path).endswith(".safetensors"):
-        content, metadata = backbones.read_safetensors(path)
-    else:
-        content, metadata = backbones.read_file(path), None
+    content, metadata = backbones.read_file(path)
     try:
         checkpoint = {"run": {}, "vocabulary": {}}
         if metadata is not None:

@@ -750,11 +750,11 @@ class Towers(unittest.TestCase):
                 self.assertEqual(towers[1].shape, text_shape)
                 words, sentence = towers[1](tokens)
                 self.assertEqual((words.shape, sentence.shape), ((1, 3, 128), (1, 64)))
-            sums = sorted(t.double().sum().item() for t in itertools.chain(
-                *(tower.state_dict().values() for tower in towers)))
-            self.assertEqual([round(s, 6) for s in sums], [round(s, 6) for s in sorted(
-                t.double().sum().item() for name, t in state.items()
-                if not re.search("freqs|mask_token|logit_scale", name))])
+            found = sum((t.double() ** 3).sum() for tower in towers
+                        for t in tower.state_dict().values())
+            self.assertAlmostEqual(found.item(), sum(
+                (t.double() ** 3).sum() for name, t in state.items()
+                if not re.search("freqs|mask_token|logit_scale", name)).item())
             for tower in towers:
                 self.assertFalse(any(p.requires_grad for p in tower.parameters()))
 
@@ -959,8 +959,7 @@ class Towers(unittest.TestCase):
         for content, message in (
                 (whole[:5000], "not a readable"), (flipped, "not a readable"),
                 (path.read_bytes(), "not a readable"), (b"", "not a readable"),
-                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable"),
-                (pickle.dumps([1, 2], protocol=2), "not a ")):
+                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable")):
             path.write_bytes(content)
             with self.assertRaisesRegex(backbones.WeightsError, f"weights.pth: {message}"):
                 backbones.load_vision(path)
@@ -1037,7 +1036,7 @@ class HuggingFace(unittest.TestCase):
             with self.assertRaisesRegex(backbones.WeightsError, "pip install safetensors"):
                 backbones.load_vision(place)
             return
-        with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
+        with self.assertRaisesRegex(backbones.WeightsError, "model.safetensors: not a readable"):
             backbones.load_vision(place)
         state = dinov2_state()
         safetensors.torch.save_file(hugging_face(state), place / "model.safetensors")
