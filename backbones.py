@@ -189,21 +189,16 @@ class ViT(nn.Module):
         self.prefix = 1 + shape.registers       # tokens before the patches
         self.legacy_position_resize = False     # as DINOv2's first release resized them
         width = shape.width
-        self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch,
-                               bias=not family.norm_before)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.registers = (nn.Parameter(torch.zeros(1, shape.registers, width))
-                          if shape.registers else None)
-        self.position = nn.Parameter(torch.zeros(1, 1 + shape.grid ** 2, width))
+        self.patch = nn.Conv2d(3, width, shape.patch, shape.patch, bias=not family.norm_before)
         self.norm_before = nn.LayerNorm(width, family.eps) if family.norm_before else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(width, shape.heads, family) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(Block(width, shape.heads, family) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width, family.eps)
-        if shape.embed:
-            self.projection = Linear(width, shape.embed, bias=family.eva)      # CLIP's has none
-        for parameter in (self.class_token, self.registers, self.position):
-            if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
+        self.projected_width = shape.embed or width
+        self.projection = (Linear(width, shape.embed, bias=family.eva) if shape.embed else
+                           nn.Identity())
+        self.class_token, self.registers, self.position = (
+            nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, tokens, width), std=0.02))
+            if tokens else None for tokens in (1, shape.registers, 1 + shape.grid ** 2))
 
     def grid(self, images):
         """Rows and columns of patches of images (B, 3, H, W)."""
@@ -230,10 +225,21 @@ class ViT(nn.Module):
         return torch.cat([class_position, patches], dim=1)
 
     def rotary_tables(self, grid):
-        """EVA-02's cosines and sines (rows * columns, D/heads) for a grid; None for others."""
+        """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
+
+        Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. The
+        first half of the channels is rotated by the row, the second by the column, pair i of each
+        at the rate 10000^(-4i / channels). Places on any grid are rescaled to the 16x16 of its
+        pretraining. None for other families.
+        """
         if not FAMILIES[self.shape.family].eva:
             return None
-        return rotary_tables(grid, self.shape.width // self.shape.heads, self.position.device)
+        device, half = self.position.device, self.shape.width // self.shape.heads // 2
+        rates = 10000 ** -(torch.arange(0, half, 2, device=device) / half)
+        rows, columns = (torch.arange(side, device=device) / side * 16 for side in grid)
+        places = torch.cartesian_prod(rows, columns)                        # (places, 2)
+        angles = (places[:, :, None] * rates).flatten(1).repeat_interleave(2, dim=-1)
+        return angles.cos(), angles.sin()
 
     def resize(self, image_size):
         """Resizes the stored grid of positions once, to that of square images of this size."""
@@ -256,13 +262,9 @@ class ViT(nn.Module):
         """The tokens after the last block to the tower's output: a LayerNorm."""
         return self.norm(x)
 
-    @property
-    def projected_width(self):
-        return self.shape.embed or self.shape.width
-
     def project(self, x):
         """Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one."""
-        return self.projection(x) if self.shape.embed else x
+        return self.projection(x)
 
     def as_map(self, x, grid):
         """The patch tokens of x as a map: (B, N, D) to (B, D, rows, columns)."""
@@ -299,11 +301,7 @@ class TextTransformer(nn.Module):
 
     def embed(self, tokens):
         """Token ids (B, L) to the tokens that enter the first block (B, L, D)."""
-        length = tokens.shape[1]
-        if length > self.shape.positions:
-            raise ValueError(f"a text of {length} tokens: this tower reads at most "
-                             f"{self.shape.positions}")
-        return self.embedding(tokens) + self.position[:length]
+        return self.embedding(tokens) + self.position[:tokens.shape[1]]
 
     def final(self, x, tokens):
         """Tokens after the last block to `words` (B, L, D), normed, and `sentence` (B, E)."""
@@ -333,25 +331,11 @@ def after_end(tokens):
 
 # ---- Rotary positions, families and shapes --------------------------------------------------
 
-def rotary_tables(grid, channels, device=None):
-    """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
-
-    Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. The first
-    half of the channels is rotated by the row, the second by the column, pair i of each at the rate
-    10000^(-4i / channels). Places on any grid are rescaled to the 16x16 of its pretraining.
-    """
-    rates = 10000 ** -(torch.arange(0, channels // 2, 2, device=device) / (channels // 2))
-    rows, columns = (torch.arange(side, device=device) / side * 16 for side in grid)
-    places = torch.cartesian_prod(rows, columns)                            # (places, 2)
-    angles = (places[:, :, None] * rates).flatten(1).repeat_interleave(2, dim=-1)
-    return angles.cos(), angles.sin()
-
-
 def rotate(x, cos, sin):
     """Rotary positions: rotates pairs of channels of the patches' tokens, which are the last ones.
 
-    x is (B, heads, N, C); cos and sin, (patches, C), are those of `rotary_tables`. The tokens
-    before the patches have no position and are not rotated.
+    x is (B, heads, N, C); cos and sin, (patches, C), are those of `ViT.rotary_tables`. The
+    tokens before the patches have no position and are not rotated.
     """
     others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
     first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
@@ -531,15 +515,14 @@ LAYOUTS = {
 # ---- Loading and fetching -------------------------------------------------------------------
 
 def load_vision(path, image_size=None, state=None):
-    """A frozen vision tower from a published file; its tensors' names tell the family.
+    """A frozen vision tower from a published file; its tensors tell the family and the sizes.
 
-    That is DINOv2 with registers, CLIP, or EVA-02 as CLIP, as their authors published them, or the
-    first two in Hugging Face's layout, the file or its folder. Files of CLIP hold both towers.
-    `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and depths are read
-    from the tensors. With `image_size` (pixels) the grid of positions is resized to that size once;
-    without it, the grid stays as published and is resized for every input. Raises WeightsError,
-    naming the tensor, for anything missing, extra or misshapen; OSError if the file cannot be read;
-    ValueError if the patch does not divide `image_size`. `state`: the tensors, if they were read.
+    The families: DINOv2 with registers, CLIP, and EVA-02 as CLIP, as their authors published them;
+    the first two also in Hugging Face's layout, the file or its folder. `tower(images (B, 3, H, W))`
+    gives the final normed tokens (B, N, D). `image_size` (pixels) resizes the grid of positions
+    once; without it, the published grid is resized for every input. `state`: the tensors, if they
+    were read. Raises WeightsError, naming the tensor, for anything missing, extra or misshapen;
+    OSError if the file cannot be read; ValueError if the patch does not divide `image_size`.
     """
     def shape(size, depth, family):
         width, dinov2 = size("patch.weight", 0), family == "dinov2"
@@ -590,12 +573,9 @@ def load_tower(kind, path, state, tower_class, shape):
     blocks = renamed("blocks.", layout.names)
     depth = len({name[len(blocks):].split(".")[0] for name in state if name.startswith(blocks)})
 
-    def size(name, axis):
+    def size(name, axis):       # 1 for a missing tensor, which `load_tensors` then names
         stored = renamed(name, layout.names)
-        try:
-            return state[stored].shape[axis]
-        except (KeyError, IndexError):
-            raise WeightsError(f"{path}: tensor {stored} is missing or misshapen") from None
+        return state[stored].shape[axis] if stored in state else 1
 
     with torch.device("meta"):
         tower = tower_class(shape(size, depth, layout.family))
@@ -605,21 +585,19 @@ def load_tower(kind, path, state, tower_class, shape):
         words = layout.qkv if ".qkv." in name else ("qkv",)
         for word, rows in zip(words, tensor.chunk(len(words))):
             expected[renamed(name, layout.names).replace("qkv", word)] = rows
-    load_tensors(tower, state, path, expected=expected)
+    load_tensors(expected, state, path)
     return tower.requires_grad_(False)
 
 
 @torch.no_grad()
-def load_tensors(module, state, path, names=(), expected=None):
-    """Copies each tensor of `state` into the module's tensor of the same name.
+def load_tensors(expected, state, path, names=()):
+    """Copies each tensor of `state` into the one of the same name in `expected`, a state_dict.
 
-    `expected`: the part of `module.state_dict()`, or views of it, that is filled; all by default.
-    `names` translates its names into those of the file. Axes of length one may be missing or extra.
+    `names` translates our names into those of the file. Axes of length one may be missing or extra.
     Raises WeightsError that names, in the file's words, the first tensor missing, unexpected or
     misshapen, and their count, or one with numbers that are not finite.
     """
-    own = {renamed(name, names): tensor for name, tensor in
-           (module.state_dict() if expected is None else expected).items()}
+    own = {renamed(name, names): tensor for name, tensor in expected.items()}
     for problem, found in (
             ("missing", [name for name in own if name not in state]),
             ("unexpected", [name for name in state if name not in own]),

@@ -519,7 +519,7 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
         if init is not None:
             held = {name: tensor for name, tensor in init[1]["tensors"].items()
                     if name.startswith(f"{kind}.")}
-            backbones.load_tensors(tower, held, init[0], [("^", f"{kind}.")])
+            backbones.load_tensors(tower.state_dict(), held, init[0], [("^", f"{kind}.")])
         towers[kind] = tower.requires_grad_(False)
     model = wire(config, **towers)
     model.sources = sources
@@ -668,7 +668,7 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
                                f"{source['sha256'][:16]}..., but {kind}_weights has "
                                f"{model.sources[kind]['sha256'][:16]}...")
-    backbones.load_tensors(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
+    backbones.load_tensors(tuned_tensors(model), checkpoint["tensors"], path)
     return model.eval()
 
 
@@ -841,7 +841,7 @@ def load_released(path, state):
                      for kind, name in (("vision", config.vision), ("text", config.text))}
     own = {name: tensor for name, tensor in model.state_dict().items()
            if not name.startswith(("vision.", "text."))}
-    backbones.load_tensors(model, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
+    backbones.load_tensors(own, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES)
     return model.eval()
 
 
