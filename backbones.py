@@ -118,17 +118,11 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-unchanged = nn.Identity()
-
-
 class Attached(NamedTuple):
     """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
-    attention_shortcut: Callable = unchanged    # on the skip connection of the attention
-    mlp_shortcut: Callable = unchanged          # on the skip connection of the MLP
-    beside_mlp: Callable | None = None          # normed input; added to the MLP before LayerScale
-
-
-NOTHING = Attached()
+    attention_shortcut: Callable = nn.Identity()    # on the skip connection of the attention
+    mlp_shortcut: Callable = nn.Identity()          # on the skip connection of the MLP
+    beside_mlp: Callable | None = None              # of the normed input; added to the MLP
 
 
 class Block(nn.Module):
@@ -144,7 +138,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, family)
         self.scale2 = LayerScale(width) if family.layer_scale else nn.Identity()
 
-    def forward(self, x, attached=NOTHING, rotary=None):
+    def forward(self, x, attached=Attached(), rotary=None):
         attention = self.attention(self.norm1(x), self.causal, rotary)
         x = attached.attention_shortcut(x) + self.scale1(attention)
         normed = self.norm2(x)
@@ -155,12 +149,11 @@ class Block(nn.Module):
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """The parameters of PyTorch's layer, computed by `linear` and `attend`, for adapters and head.
+    """PyTorch's layer, for adapters and head, computed by `linear` and `attend`.
 
-    Queries (B, N, D), keys (B, M, kdim) and values (B, M, vdim) to (B, N, D), without the weights
-    of the attention. `padding` (B, M): True for the keys that no one sees. Of the constructor's
-    options dropout, kdim and vdim count. PyTorch's own forward puts the batch second, which costs
-    copies.
+    Queries (B, N, D), keys (B, M, kdim) and values (B, M, vdim) to (B, N, D), batch first and so
+    without PyTorch's copies. `padding` (B, M): True for the keys that no one sees. Of the
+    constructor's options dropout, kdim and vdim count.
     """
 
     def forward(self, query, key, value, padding=None):
@@ -194,6 +187,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, shape.heads, family) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width, family.eps)
         self.projected_width = shape.embed or width
+        # Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one.
         self.projection = (Linear(width, shape.embed, bias=family.eva) if shape.embed else
                            nn.Identity())
         self.class_token, self.registers, self.position = (
@@ -262,10 +256,6 @@ class ViT(nn.Module):
         """The tokens after the last block to the tower's output: a LayerNorm."""
         return self.norm(x)
 
-    def project(self, x):
-        """Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one."""
-        return self.projection(x)
-
     def as_map(self, x, grid):
         """The patch tokens of x as a map: (B, N, D) to (B, D, rows, columns)."""
         return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
@@ -287,14 +277,13 @@ class TextTransformer(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        self.shape = shape
+        self.shape, family = shape, FAMILIES[shape.family]
         width = shape.width
         self.embedding = nn.Embedding(shape.vocabulary, width)
         self.position = nn.Parameter(torch.zeros(shape.positions, width))
-        self.blocks = nn.ModuleList(
-            Block(width, shape.heads, FAMILIES[shape.family]) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(width, FAMILIES[shape.family].eps)
-        self.projection = nn.Parameter(torch.zeros(width, shape.embed))
+        self.blocks = nn.ModuleList(Block(width, shape.heads, family) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width, family.eps)
+        self.projection = nn.Parameter(torch.zeros(width, shape.embed))     # into CLIP's space
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
         nn.init.normal_(self.projection, std=width ** -0.5)
@@ -306,12 +295,8 @@ class TextTransformer(nn.Module):
     def final(self, x, tokens):
         """Tokens after the last block to `words` (B, L, D), normed, and `sentence` (B, E)."""
         words = self.norm(x)
-        end = tokens.argmax(dim=-1)
-        return words, self.project(words[torch.arange(len(words), device=words.device), end])
-
-    def project(self, words):
-        """Final words (..., D) into the space shared with the photo (..., E)."""
-        return words @ self.projection
+        end = words[torch.arange(len(words), device=words.device), tokens.argmax(dim=-1)]
+        return words, end @ self.projection
 
     def forward(self, tokens):
         """Token ids (B, L) to `words` (B, L, D) and `sentence` (B, E)."""
@@ -487,28 +472,22 @@ UNUSED = (r"mask_token|logit_scale|rope\.freqs_|position_ids|"
           "input_resolution|context_length|vocab_size")
 
 
-class Layout(NamedTuple):
-    """How the files of one publisher name the tensors of one tower."""
-    family: str             # a name in FAMILIES
-    mark: str               # a tensor that only this layout has
-    names: list             # for `renamed`
-    qkv: tuple = ("qkv",)   # what the query, key and value layers are called, or the fused one
-
-
+# A tensor that only these files have: family, names, what query, key and value layers are called.
+FUSED, APART = ("qkv",), ("q", "k", "v")
 LAYOUTS = {
-    "vision": [
-        Layout("dinov2", "register_tokens", DINOV2_NAMES),
-        Layout("clip", "visual.class_embedding", CLIP_VISION_NAMES),
-        Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", EVA_NAMES, ("q", "k", "v")),
-        Layout("dinov2", "embeddings.register_tokens", HF_DINOV2_NAMES, ("query", "key", "value")),
-        Layout("clip", "vision_model.embeddings.class_embedding",
-               HF_CLIP_NAMES + [("^(?!visual_)", "vision_model.")], ("q", "k", "v"))],
-    "text": [
-        Layout("clip text", "token_embedding.weight", CLIP_TEXT_NAMES),
-        Layout("eva text", "text.token_embedding.weight", CLIP_TEXT_NAMES + [("^", "text.")]),
-        Layout("clip text", "text_model.embeddings.token_embedding.weight",
-               [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES, ("^(?!text_)", "text_model.")],
-               ("q", "k", "v"))],
+    "vision": {
+        "register_tokens": ("dinov2", DINOV2_NAMES, FUSED),
+        "visual.class_embedding": ("clip", CLIP_VISION_NAMES, FUSED),
+        "visual.blocks.0.attn.inner_attn_ln.weight": ("eva", EVA_NAMES, APART),
+        "embeddings.register_tokens": ("dinov2", HF_DINOV2_NAMES, ("query", "key", "value")),
+        "vision_model.embeddings.class_embedding": (
+            "clip", HF_CLIP_NAMES + [("^(?!visual_)", "vision_model.")], APART)},
+    "text": {
+        "token_embedding.weight": ("clip text", CLIP_TEXT_NAMES, FUSED),
+        "text.token_embedding.weight": ("eva text", CLIP_TEXT_NAMES + [("^", "text.")], FUSED),
+        "text_model.embeddings.token_embedding.weight": (
+            "clip text", [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES,
+                          ("^(?!text_)", "text_model.")], APART)},
 }
 
 
@@ -518,9 +497,9 @@ def load_vision(path, image_size=None, state=None):
     """A frozen vision tower from a published file; its tensors tell the family and the sizes.
 
     The families: DINOv2 with registers, CLIP, and EVA-02 as CLIP, as their authors published them;
-    the first two also in Hugging Face's layout, the file or its folder. `tower(images (B, 3, H, W))`
-    gives the final normed tokens (B, N, D). `image_size` (pixels) resizes the grid of positions
-    once; without it, the published grid is resized for every input. `state`: the tensors, if they
+    the first two also in Hugging Face's layout, the file or its folder. `tower(images)`, of images
+    (B, 3, H, W), gives the final normed tokens (B, N, D). `image_size` (pixels) resizes the grid of
+    positions once; without it, the grid is resized for every input. `state`: the tensors, if they
     were read. Raises WeightsError, naming the tensor, for anything missing, extra or misshapen;
     OSError if the file cannot be read; ValueError if the patch does not divide `image_size`.
     """
@@ -559,32 +538,32 @@ def load_tower(kind, path, state, tower_class, shape):
     the tensor that we call `name`.
     """
     state = read_file(weight_file(path))[0] if state is None else state
-    layout = next((layout for layout in LAYOUTS[kind] if layout.mark in state), None)
-    if layout is None:
-        marks = [layout.mark for layout in LAYOUTS[kind]]
+    mark = next((name for name in LAYOUTS[kind] if name in state), None)
+    if mark is None:
         raise WeightsError(f"{path}: no {kind} tower of a known family, each of which has one of "
-                           f"{marks}; found {list(state)[:4]}")
+                           f"{', '.join(LAYOUTS[kind])}; found {list(state)[:4]}")
+    family, names, qkv = LAYOUTS[kind][mark]
     # Files of CLIP and EVA-02 hold both towers; the names of vision tensors begin so.
-    prefix = r"visual|vision_" if layout.family in ("clip", "eva") else r"(?!visual|vision_)"
+    prefix = r"visual|vision_" if family in ("clip", "eva") else r"(?!visual|vision_)"
     state = {name: tensor for name, tensor in state.items()
              if re.match(prefix, name) and not re.search(UNUSED, name)}
     for name in TRANSPOSED & state.keys():
         state[f"{name}.T"] = state.pop(name).t()
-    blocks = renamed("blocks.", layout.names)
+    blocks = renamed("blocks.", names)
     depth = len({name[len(blocks):].split(".")[0] for name in state if name.startswith(blocks)})
 
     def size(name, axis):       # 1 for a missing tensor, which `load_tensors` then names
-        stored = renamed(name, layout.names)
+        stored = renamed(name, names)
         return state[stored].shape[axis] if stored in state else 1
 
     with torch.device("meta"):
-        tower = tower_class(shape(size, depth, layout.family))
+        tower = tower_class(shape(size, depth, family))
     tower.to_empty(device="cpu")
     expected = {}
     for name, tensor in tower.state_dict().items():
-        words = layout.qkv if ".qkv." in name else ("qkv",)
+        words = qkv if ".qkv." in name else FUSED
         for word, rows in zip(words, tensor.chunk(len(words))):
-            expected[renamed(name, layout.names).replace("qkv", word)] = rows
+            expected[renamed(name, names).replace("qkv", word)] = rows
     load_tensors(expected, state, path)
     return tower.requires_grad_(False)
 
@@ -617,13 +596,8 @@ HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_file(path):
-    """`path`, or the weight file in it if it is a folder of Hugging Face's. FileNotFoundError."""
-    if not os.path.isdir(path):
-        return path
-    for name in HF_FILES:
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
-    raise FileNotFoundError(f"{path}: a folder without {' or '.join(HF_FILES)}")
+    """`path`, or the weight file in it if it is a folder of Hugging Face's."""
+    return next(filter(os.path.isfile, (os.path.join(path, name) for name in HF_FILES)), path)
 
 
 # Some programs save a figure as a number of numpy's.
@@ -797,5 +771,3 @@ if __name__ == "__main__":
     except (WeightsError, OSError) as error:
         print(f"backbones.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

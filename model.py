@@ -119,7 +119,7 @@ class DCRIS(nn.Module):
         attached = {int(i): Attached(mlp_shortcut=adapter)
                     for i, adapter in self.text_adapters.items()}
         for i, block in enumerate(self.text.blocks):
-            x = block(x, attached.get(i, backbones.NOTHING))
+            x = block(x, attached.get(i, Attached()))
         return self.text.final(x, tokens)
 
     def image_branch(self, images, words):
@@ -145,7 +145,7 @@ def feature_maps(vision, images, wanted, attached):
     x, rotary = vision.embed(images), vision.rotary_tables(grid)
     maps = []
     for i, block in enumerate(vision.blocks):
-        x = block(x, attached.get(i, backbones.NOTHING), rotary)
+        x = block(x, attached.get(i, Attached()), rotary)
         if i in wanted:
             maps.append(vision.as_map(x, grid))
     return [*maps, vision.as_map(vision.final(x), grid)]
@@ -180,13 +180,13 @@ class BarLeRIa(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, padding = self.vision.grid(images), after_end(tokens)
         after_block, words, sentence = self.local_branch(images, tokens, grid)
-        projected = self.vision.project(self.vision.final(after_block[-1]))     # F_v, (B, N, E)
+        projected = self.vision.projection(self.vision.final(after_block[-1]))     # F_v, (B, N, E)
         features = [self.vision.as_map(x, grid)
                     for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
         if self.global_branch is not None:
             prefix = self.vision.prefix
-            prior = global_prior(self.text.project(words), projected[:, prefix:], padding)
+            prior = global_prior(words @ self.text.projection, projected[:, prefix:], padding)
             step = len(after_block) // self.config.global_blocks    # 3: after blocks 2, 5, 8, 11
             stages = [x[:, prefix:] for x in after_block[step - 1::step]]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
@@ -271,7 +271,7 @@ class ETRIS(nn.Module):
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
             *(after_block[i] for i in self.config.features),
-            self.vision.project(self.vision.final(x)))]
+            self.vision.projection(self.vision.final(x)))]
         return self.head(features, words, sentence, after_end(tokens))
 
 

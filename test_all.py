@@ -485,7 +485,7 @@ class BarleriaEquations(Exact):
     def test_gradient_stops_at_the_prior_and_the_stages(self):
         net = tiny_barleria()
         stages, words, _ = net.local_branch(self.images, self.tokens, (6, 6))
-        projected = net.vision.project(net.vision.final(stages[-1]))
+        projected = net.vision.projection(net.vision.final(stages[-1]))
         self.assertTrue(words.requires_grad and projected.requires_grad)
         prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:],
                                       backbones.after_end(self.tokens))
@@ -810,7 +810,7 @@ class Towers(unittest.TestCase):
         x = x + linear(up / (1 + torch.exp(-1.702 * up)), block + "mlp.c_proj")
         x = norm(x, "visual.ln_post")
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-10)
-        self.assertLess(float((tower.project(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
+        self.assertLess(float((tower.projection(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
 
     def test_eva_vision_by_hand(self):
         """One block; the rotary tables are the module's, in single precision."""
@@ -836,7 +836,7 @@ class Towers(unittest.TestCase):
         y = gate / (1 + torch.exp(-gate)) * linear(y, block + "mlp.w2")
         x = norm(x + linear(norm(y, block + "mlp.ffn_ln"), block + "mlp.w3"), "visual.norm")
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-5)
-        self.assertLess(float((tower.project(x) - linear(x, "visual.head")).abs().max()), 1e-10)
+        self.assertLess(float((tower.projection(x) - linear(x, "visual.head")).abs().max()), 1e-10)
 
     def test_rotary_positions_rotate_the_patches_alone(self):
         torch.manual_seed(0)
@@ -1023,7 +1023,7 @@ class HuggingFace(unittest.TestCase):
                     torch.save(changed(theirs, {name: value}), place / "pytorch_model.bin")
                     with self.assertRaisesRegex(backbones.WeightsError, f"{message}.*{name}"):
                         reads["text_model" in name](place)
-        with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
+        with self.assertRaises(IsADirectoryError):
             vision(folder(self))
 
     def test_safetensors(self):
