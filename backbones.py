@@ -67,10 +67,7 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused query-key-value layer.
-
-    EVA-02's keys have no bias, and it has a LayerNorm before the output layer.
-    """
+    """Multi-head self-attention; EVA-02's has no key bias, and a LayerNorm before its last layer."""
 
     def __init__(self, width, heads, family):
         super().__init__()
@@ -198,8 +195,7 @@ class ViT(nn.Module):
         """Rows and columns of patches of images (B, 3, H, W)."""
         height, width = images.shape[-2:]
         if height % self.shape.patch or width % self.shape.patch:
-            raise ValueError(f"the patch size {self.shape.patch} does not divide an image of "
-                             f"{height}x{width}")
+            raise ValueError(f"patch size {self.shape.patch} does not divide {height}x{width} pixels")
         return height // self.shape.patch, width // self.shape.patch
 
     def positions(self, grid):
@@ -209,12 +205,10 @@ class ViT(nn.Module):
             return self.position
         class_position, patches = self.position[:, :1], self.position[:, 1:]
         patches = patches.float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
-        if self.legacy_position_resize:      # by the ratio of a grid a tenth of a patch larger
-            patches = F.interpolate(patches, mode="bicubic",
-                                    scale_factor=[(side + 0.1) / stored for side in grid])
-        else:
-            patches = F.interpolate(patches, grid, mode="bicubic",
-                                    antialias=FAMILIES[self.shape.family].antialias)
+        how = {"size": grid, "antialias": FAMILIES[self.shape.family].antialias}
+        if self.legacy_position_resize:     # by the ratio of a grid a tenth of a patch larger
+            how = {"scale_factor": [(side + 0.1) / stored for side in grid]}
+        patches = F.interpolate(patches, mode="bicubic", **how)
         patches = patches.flatten(2).transpose(1, 2).to(class_position.dtype)
         return torch.cat([class_position, patches], dim=1)
 
@@ -407,14 +401,13 @@ DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 CLIP = "https://openaipublic.azureedge.net/clip/models"
 CLIP_B = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 CLIP_L = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
-PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, digest)
-             for name, address, digest in (
-    ("dinov2-b", f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None),
-    ("dinov2-l", f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None),
+PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, *digest)
+             for name, address, *digest in (
+    ("dinov2-b", f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
+    ("dinov2-l", f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"),
     ("clip-b", f"{CLIP}/{CLIP_B}/ViT-B-16.pt", CLIP_B),
     ("clip-l", f"{CLIP}/{CLIP_L}/ViT-L-14.pt", CLIP_L),
-    ("eva-b", "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt",
-     None),
+    ("eva-b", "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt"),
     ("vocabulary", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
      "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"))}
 
@@ -520,8 +513,7 @@ def load_vision(path, image_size=None, state=None):
 def load_text(path, state=None):
     """A frozen text tower, CLIP's or that of EVA-02 as CLIP; files as for `load_vision`.
 
-    `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). `state` and errors: as for
-    `load_vision`.
+    `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). `state`, errors: as there.
     """
     def shape(size, depth, family):
         vocabulary, width = (size("embedding.weight", axis) for axis in (0, 1))
@@ -534,8 +526,7 @@ def load_text(path, state=None):
 def load_tower(kind, path, state, tower_class, shape):
     """A frozen tower in single precision from a file in one of LAYOUTS[kind].
 
-    `shape(size, depth, family)` gives its shape; `size(name, axis)` is the length of one axis of
-    the tensor that we call `name`.
+    `shape(size, depth, family)` is its shape; `size(name, axis)` of a tensor by its name here.
     """
     state = read_file(weight_file(path))[0] if state is None else state
     mark = next((name for name in LAYOUTS[kind] if name in state), None)
@@ -588,16 +579,13 @@ def load_tensors(expected, state, path, names=()):
             raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: {found[0]}")
     for name, tensor in own.items():
         if not tensor.copy_(state[name].view_as(tensor)).isfinite().all():
-            raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite in "
-                               f"{tensor.dtype}")
-
-
-HF_FILES = ("model.safetensors", "pytorch_model.bin")
+            raise WeightsError(f"{path}: {name} holds numbers not finite in {tensor.dtype}")
 
 
 def weight_file(path):
     """`path`, or the weight file in it if it is a folder of Hugging Face's."""
-    return next(filter(os.path.isfile, (os.path.join(path, name) for name in HF_FILES)), path)
+    files = (os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin"))
+    return next(filter(os.path.isfile, files), path)
 
 
 # Some programs save a figure as a number of numpy's.
@@ -634,8 +622,7 @@ def read_file(path):
             with torch.serialization.safe_globals(NUMPY_NUMBERS):
                 return torch.load(path, map_location="cpu", weights_only=True), None
     except ImportError:
-        raise WeightsError(f"{path}: to read .safetensors files, pip install safetensors; or take "
-                           f"the same weights as {HF_FILES[1]}") from None
+        raise WeightsError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:                      # each reader has other exceptions
         raise WeightsError(f"{path}: not a readable weight file: it is damaged, of another kind, "
                            f"or holds code, which is refused; fetch it again") from error
@@ -650,8 +637,7 @@ def sha256(path):
 def download(name, folder="pretrained"):
     """Fetches a file of PUBLISHED into a folder, unless it is there, and returns its path.
 
-    Raises WeightsError if it cannot be fetched, or has another SHA-256 than the published one, and
-    leaves no file then; OSError if the folder cannot be made.
+    Raises WeightsError, and leaves no file, if it cannot be fetched or has another SHA-256.
     """
     published = PUBLISHED[name]
     target = os.path.join(folder, published.file)
@@ -667,8 +653,7 @@ def download(name, folder="pretrained"):
 def main():
     parser = argparse.ArgumentParser(description="Fetch published weights into pretrained/.")
     parser.add_argument("command", choices=["download"])
-    parser.add_argument("names", metavar="NAME", nargs="+", choices=PUBLISHED,
-                        help=", ".join(PUBLISHED))
+    parser.add_argument("names", nargs="+", choices=PUBLISHED)
     for name in parser.parse_args().names:
         print(download(name))
 
@@ -728,9 +713,9 @@ class Linear(nn.Linear):
 class UnfusedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
 
-    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its
-    backward is written by hand because it keeps the weights once, and a byte each for which were
-    dropped. Autograd would keep them three times: plain, masked, and the mask in their type.
+    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. The backward by hand
+    keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
+    times: plain, masked, and the mask in their type.
     """
 
     @staticmethod

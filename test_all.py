@@ -923,7 +923,7 @@ class Towers(unittest.TestCase):
                  r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
                 (vision, dinov2, {"pos_embed": zeros(1, 25, 128)}, "misshapen.*pos_embed"),
                 (vision, dinov2, {"cls_token": zeros(1, 1, 128).double() + 1e300},
-                 "cls_token holds numbers that are not finite in torch.float32"),
+                 "cls_token holds numbers not finite in torch.float32"),
                 (vision, dinov2, {"register_tokens": None}, "no vision tower"),
                 (vision, dinov2, {"patch_embed.proj.weight": None}, "missing.*proj.weight"),
                 (vision, eva, {"visual.blocks.1.attn.q_bias": None},
