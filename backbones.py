@@ -11,9 +11,9 @@ One block, for tokens x (B, N, D), before a tuning method adds to it:
 Shapes: B batch, N tokens, D width, L words, E width of CLIP's common space (`shape.embed`).
 `tower.shape` holds a tower's sizes (`VisionShape`). `grid` is (rows, columns) of patches.
 
-`model.py` runs a tower step by step: `embed`, then each of `blocks`, then `final`. The order in
-which two towers take these steps *is* the tuning method. A method passes its adapters to a block as
-an `Attached` tuple, or wraps one of the block's layers. No adapter is defined in this file.
+`model.py` runs a tower step by step: `embed`, each of `blocks`, then `norm` or, for texts, `final`.
+The order in which two towers take these steps *is* the tuning method. A method passes its adapters
+to a block as an `Attached` tuple, or wraps one of its layers. No adapter is defined in this file.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
 (https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA).
@@ -30,7 +30,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +66,7 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; EVA-02's has no key bias, and a LayerNorm before its last layer."""
+    """Multi-head self-attention; EVA-02's has no key bias, and a LayerNorm before `out`."""
 
     def __init__(self, width, heads, family):
         super().__init__()
@@ -156,8 +155,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward(self, query, key, value, padding=None):
         weights = (self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else
                    (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
-        q, k, v = (linear(x, *layer) for x, *layer in zip(
-            (query, key, value), weights, self.in_proj_bias.chunk(3)))
+        q, k, v = map(linear, (query, key, value), weights, self.in_proj_bias.chunk(3))
         x = attend(q, k, v, self.num_heads, padding=padding,
                    dropout=self.dropout if self.training else 0.0)
         return linear(x, self.out_proj.weight, self.out_proj.bias)
@@ -195,7 +193,7 @@ class ViT(nn.Module):
         """Rows and columns of patches of images (B, 3, H, W)."""
         height, width = images.shape[-2:]
         if height % self.shape.patch or width % self.shape.patch:
-            raise ValueError(f"patch size {self.shape.patch} does not divide {height}x{width} pixels")
+            raise ValueError(f"patch {self.shape.patch} does not divide {height}x{width} pixels")
         return height // self.shape.patch, width // self.shape.patch
 
     def positions(self, grid):
@@ -215,10 +213,9 @@ class ViT(nn.Module):
     def rotary_tables(self, grid):
         """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
 
-        Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. The
-        first half of the channels is rotated by the row, the second by the column, pair i of each
-        at the rate 10000^(-4i / channels). Places on any grid are rescaled to the 16x16 of its
-        pretraining. None for other families.
+        Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. Half of
+        the channels is rotated by the row, half by the column, pair i of each at the rate
+        10000^(-4i / channels). Any grid is rescaled to the 16x16 of pretraining. None for others.
         """
         if not FAMILIES[self.shape.family].eva:
             return None
@@ -233,7 +230,7 @@ class ViT(nn.Module):
         """Resizes the stored grid of positions once, to that of square images of this size."""
         grid = self.grid(torch.empty(0, 3, image_size, image_size, device="meta"))
         self.position = nn.Parameter(self.positions(grid).detach(), self.position.requires_grad)
-        self.shape = replace(self.shape, grid=grid[0])
+        self.shape = self.shape._replace(grid=grid[0])
 
     def embed(self, images):
         """Images (B, 3, H, W), normalised, to the tokens that enter the first block."""
@@ -246,10 +243,6 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], self.registers.expand(batch, -1, -1), x[:, 1:]], dim=1)
         return self.norm_before(x)
 
-    def final(self, x):
-        """The tokens after the last block to the tower's output: a LayerNorm."""
-        return self.norm(x)
-
     def as_map(self, x, grid):
         """The patch tokens of x as a map: (B, N, D) to (B, D, rows, columns)."""
         return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
@@ -259,14 +252,13 @@ class ViT(nn.Module):
         x, rotary = self.embed(images), self.rotary_tables(self.grid(images))
         for block in self.blocks:
             x = block(x, rotary=rotary)
-        return self.final(x)
+        return self.norm(x)
 
 
 class TextTransformer(nn.Module):
     """CLIP's causal text transformer, and EVA-02-CLIP's, which differs by its activation.
 
-    Token ids are (B, L) with L up to `shape.positions`. The end-of-text token is found as the one
-    with the highest id of the vocabulary.
+    Token ids are (B, L), L up to `shape.positions`. The end-of-text token has the highest id.
     """
 
     def __init__(self, shape):
@@ -346,8 +338,7 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class VisionShape:
+class VisionShape(NamedTuple):
     """The sizes of a vision tower; `load_vision` reads them from a file's tensors."""
     patch: int
     width: int
@@ -359,8 +350,7 @@ class VisionShape:
     family: str = "dinov2"  # a name in FAMILIES
 
 
-@dataclass(frozen=True)
-class TextShape:
+class TextShape(NamedTuple):
     """The sizes of a text tower; `load_text` reads them from a file's tensors."""
     width: int
     depth: int
@@ -388,7 +378,7 @@ TEXT = {
 }
 
 
-# ---- Published files: their addresses, and the names of their tensors -----------------------
+# ---- Published files: addresses, names of tensors, loading, fetching ------------------------
 
 class Published(NamedTuple):
     """A file: its name, its address, and its SHA-256 where the publisher gives one."""
@@ -446,24 +436,18 @@ DINOV2_NAMES, CLIP_NAMES, HF_CLIP_NAMES = columns(r"""
 """)
 CLIP_VISION_NAMES = CLIP_NAMES + [("^", "visual.")]
 CLIP_TEXT_NAMES = [(r"^norm\.", "ln_final.")] + CLIP_NAMES
-# EVA-02's vision tower differs from DINOv2 where it has other layers.
-EVA_NAMES = [
+EVA_NAMES = [                               # EVA-02 renamed some and has layers of its own
     (".attention.qkv", ".attn.qkv_proj"), (".attention.(q|v)[a-z]+_bias", r".attn.\1_bias"),
     (".attention.norm", ".attn.inner_attn_ln"), (".mlp.norm", ".mlp.ffn_ln"),
     (".mlp.gate", ".mlp.w1"), (".mlp.up", ".mlp.w2"), (".mlp.down", ".mlp.w3"),
     ("^projection", "head"), *DINOV2_NAMES, ("^", "visual.")]
-# Hugging Face renamed DINOv2's layers.
-HF_DINOV2_NAMES = DINOV2_NAMES + [
+HF_DINOV2_NAMES = DINOV2_NAMES + [          # Hugging Face renamed DINOv2's layers
     ("^blocks", "encoder.layer"), ("^norm", "layernorm"), ("attn.qkv", "attention.attention.qkv"),
     ("attn.proj", "attention.output.dense"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"),
     ("pos_embed", "position_embeddings"), ("patch_embed.proj", "patch_embeddings.projection"),
     ("^(?=cls|pos|reg|patch)", "embeddings.")]
-# Stored as the transpose of our tensor; once transposed, they are called `.T`.
-TRANSPOSED = {"visual.proj", "text_projection.weight"}
-# Used in pretraining alone, computed here, or plain numbers.
-UNUSED = (r"mask_token|logit_scale|rope\.freqs_|position_ids|"
-          "input_resolution|context_length|vocab_size")
-
+# Tensors of the files that no tower needs: of pretraining alone, computed here, or plain numbers.
+UNUSED = "mask_token|logit_scale|freqs_|position_ids|_resolution|context_length|vocab_size"
 
 # A tensor that only these files have: family, names, what query, key and value layers are called.
 FUSED, APART = ("qkv",), ("q", "k", "v")
@@ -483,8 +467,6 @@ LAYOUTS = {
                           ("^(?!text_)", "text_model.")], APART)},
 }
 
-
-# ---- Loading and fetching -------------------------------------------------------------------
 
 def load_vision(path, image_size=None, state=None):
     """A frozen vision tower from a published file; its tensors tell the family and the sizes.
@@ -538,8 +520,8 @@ def load_tower(kind, path, state, tower_class, shape):
     prefix = r"visual|vision_" if family in ("clip", "eva") else r"(?!visual|vision_)"
     state = {name: tensor for name, tensor in state.items()
              if re.match(prefix, name) and not re.search(UNUSED, name)}
-    for name in TRANSPOSED & state.keys():
-        state[f"{name}.T"] = state.pop(name).t()
+    for name in {"visual.proj", "text_projection.weight"} & state.keys():
+        state[f"{name}.T"] = state.pop(name).t()        # stored as the transpose of ours
     blocks = renamed("blocks.", names)
     depth = len({name[len(blocks):].split(".")[0] for name in state if name.startswith(blocks)})
 
@@ -600,8 +582,7 @@ def read_file(path):
     Runs no code of the file. The second result is the metadata of a .safetensors file, None for
     others. Raises WeightsError for any other content, OSError if the file cannot be opened.
     """
-    with open(path, "rb"):
-        pass                                        # any error after this is about the content
+    open(path, "rb").close()                        # any error after this is about the content
     try:
         if str(path).endswith(".safetensors"):
             import safetensors
@@ -625,7 +606,7 @@ def read_file(path):
         raise WeightsError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:                      # each reader has other exceptions
         raise WeightsError(f"{path}: not a readable weight file: it is damaged, of another kind, "
-                           f"or holds code, which is refused; fetch it again") from error
+                           f"or holds code, which is refused; delete it, fetch it again") from error
 
 
 def sha256(path):

@@ -148,7 +148,7 @@ def feature_maps(vision, images, wanted, attached):
         x = block(x, attached.get(i, Attached()), rotary)
         if i in wanted:
             maps.append(vision.as_map(x, grid))
-    return [*maps, vision.as_map(vision.final(x), grid)]
+    return [*maps, vision.as_map(vision.norm(x), grid)]
 
 
 class BarLeRIa(nn.Module):
@@ -180,7 +180,7 @@ class BarLeRIa(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, padding = self.vision.grid(images), after_end(tokens)
         after_block, words, sentence = self.local_branch(images, tokens, grid)
-        projected = self.vision.projection(self.vision.final(after_block[-1]))     # F_v, (B, N, E)
+        projected = self.vision.projection(self.vision.norm(after_block[-1]))     # F_v, (B, N, E)
         features = [self.vision.as_map(x, grid)
                     for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
@@ -271,7 +271,7 @@ class ETRIS(nn.Module):
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
             *(after_block[i] for i in self.config.features),
-            self.vision.projection(self.vision.final(x)))]
+            self.vision.projection(self.vision.norm(x)))]
         return self.head(features, words, sentence, after_end(tokens))
 
 
@@ -871,7 +871,7 @@ def shape_name(path, table, shape):
     """The name of a tower's shape in VISION or TEXT. Raises WeightsError if it is not there."""
     for name, known in table.items():
         # ETRIS's files hold CLIP's positions on the grid of the photo.
-        if known == (replace(shape, grid=known.grid) if shape.family == "clip" else shape):
+        if known == (shape._replace(grid=known.grid) if shape.family == "clip" else shape):
             return name
     raise WeightsError(f"{path}: its tower is of unknown size: {shape}; known: {', '.join(table)}")
 

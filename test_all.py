@@ -478,14 +478,14 @@ class BarleriaEquations(Exact):
     def test_without_visitors_and_flows_the_towers_are_themselves(self):
         net = tiny_barleria(visual_flows=False, text_flows=False, intertwined=False)
         stages, *found = net.local_branch(self.images, self.tokens, (6, 6))
-        for a, b in zip((net.vision.final(stages[-1]), *found),
+        for a, b in zip((net.vision.norm(stages[-1]), *found),
                         (net.vision(self.images), *net.text(self.tokens))):
             self.assertTrue(torch.equal(a, b))
 
     def test_gradient_stops_at_the_prior_and_the_stages(self):
         net = tiny_barleria()
         stages, words, _ = net.local_branch(self.images, self.tokens, (6, 6))
-        projected = net.vision.projection(net.vision.final(stages[-1]))
+        projected = net.vision.projection(net.vision.norm(stages[-1]))
         self.assertTrue(words.requires_grad and projected.requires_grad)
         prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:],
                                       backbones.after_end(self.tokens))
