@@ -25,7 +25,7 @@ import backbones
 from adapters import (SCALE, BottleneckAdapter, Bridge, CompacterAdapter, DenseCrossAdapter,
                       DenseTextAdapter, GlobalShortcutTuning, Intertwiner, LoRA, NormalizingFlow,
                       global_prior)
-from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
+from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, sha256
 from head import Head
 
 PRETRAINED = Path("pretrained")
@@ -119,7 +119,7 @@ class DCRIS(nn.Module):
         attached = {int(i): Attached(mlp_shortcut=adapter)
                     for i, adapter in self.text_adapters.items()}
         for i, block in enumerate(self.text.blocks):
-            x = block(x, attached.get(i, backbones.NOTHING))
+            x = block(x, attached.get(i, Attached()))
         return self.text.final(x, tokens)
 
     def image_branch(self, images, words):
@@ -145,10 +145,10 @@ def feature_maps(vision, images, wanted, attached):
     x, rotary = vision.embed(images), vision.rotary_tables(grid)
     maps = []
     for i, block in enumerate(vision.blocks):
-        x = block(x, attached.get(i, backbones.NOTHING), rotary)
+        x = block(x, attached.get(i, Attached()), rotary)
         if i in wanted:
             maps.append(vision.as_map(x, grid))
-    return [*maps, vision.as_map(vision.final(x), grid)]
+    return [*maps, vision.as_map(vision.norm(x), grid)]
 
 
 class BarLeRIa(nn.Module):
@@ -180,13 +180,13 @@ class BarLeRIa(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, padding = self.vision.grid(images), after_end(tokens)
         after_block, words, sentence = self.local_branch(images, tokens, grid)
-        projected = self.vision.project(self.vision.final(after_block[-1]))     # F_v, (B, N, E)
+        projected = self.vision.projection(self.vision.norm(after_block[-1]))     # F_v, (B, N, E)
         features = [self.vision.as_map(x, grid)
                     for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
         if self.global_branch is not None:
             prefix = self.vision.prefix
-            prior = global_prior(self.text.project(words), projected[:, prefix:], padding)
+            prior = global_prior(words @ self.text.projection, projected[:, prefix:], padding)
             step = len(after_block) // self.config.global_blocks    # 3: after blocks 2, 5, 8, 11
             stages = [x[:, prefix:] for x in after_block[step - 1::step]]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
@@ -271,7 +271,7 @@ class ETRIS(nn.Module):
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
             *(after_block[i] for i in self.config.features),
-            self.vision.project(self.vision.final(x)))]
+            self.vision.projection(self.vision.norm(x)))]
         return self.head(features, words, sentence, after_end(tokens))
 
 
@@ -519,8 +519,8 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
         if init is not None:
             held = {name: tensor for name, tensor in init[1]["tensors"].items()
                     if name.startswith(f"{kind}.")}
-            backbones.load_tensors(tower, held, init[0], [("^", f"{kind}.")])
-        towers[kind] = freeze(tower)
+            backbones.load_tensors(tower.state_dict(), held, init[0], [("^", f"{kind}.")])
+        towers[kind] = tower.requires_grad_(False)
     model = wire(config, **towers)
     model.sources = sources
     return model
@@ -536,8 +536,8 @@ def wire(config, vision, text):
     method, _ = METHODS[config.method]
     model = method(config, vision, text)
     if config.towers_learn:
-        backbones.unfreeze(vision)
-        backbones.unfreeze(text)
+        vision.requires_grad_(True)
+        text.requires_grad_(True)
     if config.train_positions:
         if vision.shape.family == "clip":
             vision.resize(config.image_size)
@@ -626,10 +626,7 @@ def read_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    if str(path).endswith(".safetensors"):
-        content, metadata = backbones.read_safetensors(path)
-    else:
-        content, metadata = backbones.read_file(path), None
+    content, metadata = backbones.read_file(path)
     try:
         checkpoint = {"run": {}, "vocabulary": {}}
         if metadata is not None:
@@ -671,7 +668,7 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
                                f"{source['sha256'][:16]}..., but {kind}_weights has "
                                f"{model.sources[kind]['sha256'][:16]}...")
-    backbones.load_tensors(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
+    backbones.load_tensors(tuned_tensors(model), checkpoint["tensors"], path)
     return model.eval()
 
 
@@ -795,7 +792,6 @@ def load_released(path, state):
     authors' configurations give: 8 heads, 17 tokens, the blocks whose maps the head takes, and
     448 pixels for DETRIS. (ETRIS's grid of positions is that of the photo.) Raises WeightsError.
     """
-    backbones.check_plain(path, state)
     detris = any(name.startswith("dinov2.") for name in state)
     vision_prefix, text_prefix = ("dinov2.", "txt_backbone.") if detris else 2 * ("backbone.",)
     rest = {name: tensor for name, tensor in state.items() if ".adapter." in name
@@ -845,7 +841,7 @@ def load_released(path, state):
                      for kind, name in (("vision", config.vision), ("text", config.text))}
     own = {name: tensor for name, tensor in model.state_dict().items()
            if not name.startswith(("vision.", "text."))}
-    backbones.load_tensors(model, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
+    backbones.load_tensors(own, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES)
     return model.eval()
 
 
@@ -875,7 +871,7 @@ def shape_name(path, table, shape):
     """The name of a tower's shape in VISION or TEXT. Raises WeightsError if it is not there."""
     for name, known in table.items():
         # ETRIS's files hold CLIP's positions on the grid of the photo.
-        if known == (replace(shape, grid=known.grid) if shape.family == "clip" else shape):
+        if known == (shape._replace(grid=known.grid) if shape.family == "clip" else shape):
             return name
     raise WeightsError(f"{path}: its tower is of unknown size: {shape}; known: {', '.join(table)}")
 

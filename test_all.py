@@ -27,7 +27,6 @@ import textwrap
 import threading
 import time
 import unittest
-import urllib.request
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -375,7 +374,8 @@ def tiny_barleria(depth=2, text_depth=2, **overrides):
                      train_towers=False, **overrides)
     vision = backbones.ViT(backbones.VisionShape(4, 16, depth, 2, grid=3, embed=8, family="clip"))
     text = backbones.TextTransformer(backbones.TextShape(12, text_depth, 3, 8, 40, 9))
-    return shake(model.BarLeRIa(config, backbones.freeze(vision), backbones.freeze(text)))
+    return shake(model.BarLeRIa(config, vision.requires_grad_(False),
+                                text.requires_grad_(False)))
 
 
 class BarleriaEquations(Exact):
@@ -478,14 +478,14 @@ class BarleriaEquations(Exact):
     def test_without_visitors_and_flows_the_towers_are_themselves(self):
         net = tiny_barleria(visual_flows=False, text_flows=False, intertwined=False)
         stages, *found = net.local_branch(self.images, self.tokens, (6, 6))
-        for a, b in zip((net.vision.final(stages[-1]), *found),
+        for a, b in zip((net.vision.norm(stages[-1]), *found),
                         (net.vision(self.images), *net.text(self.tokens))):
             self.assertTrue(torch.equal(a, b))
 
     def test_gradient_stops_at_the_prior_and_the_stages(self):
         net = tiny_barleria()
         stages, words, _ = net.local_branch(self.images, self.tokens, (6, 6))
-        projected = net.vision.project(net.vision.final(stages[-1]))
+        projected = net.vision.projection(net.vision.norm(stages[-1]))
         self.assertTrue(words.requires_grad and projected.requires_grad)
         prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:],
                                       backbones.after_end(self.tokens))
@@ -614,10 +614,10 @@ class Counts(unittest.TestCase):
     def test_parts(self):
         with torch.device("meta"):
             for count, module in (
-                    (86_583_552, backbones.ViT(backbones.VISION["dinov2-b"])),
+                    (86_582_784, backbones.ViT(backbones.VISION["dinov2-b"])),
                     (86_192_640, backbones.ViT(backbones.VISION["clip-b"])),
                     (86_263_040, backbones.ViT(backbones.VISION["eva-b"])),
-                    (63_428_097, backbones.TextTransformer(backbones.TEXT["clip-b"])),
+                    (63_428_096, backbones.TextTransformer(backbones.TEXT["clip-b"])),
                     (382_896, adapters.DenseCrossAdapter(768, 128, 512, 0.1)),
                     (66_112, adapters.BottleneckAdapter(512, 64, 0.2)),
                     (69_720, adapters.DenseTextAdapter(512, 64)),
@@ -628,7 +628,7 @@ class Counts(unittest.TestCase):
                                     ("barleria-eva", 77 * 512)):
                 self.assertEqual(model.count(model.build(name))["positions"], positions, name)
         for name, tuned in (
-                ("dcris-b", 6 * (382_896 + 66_112)), ("fixed", 0), ("full", 149_972_225 - 769),
+                ("dcris-b", 6 * (382_896 + 66_112)), ("fixed", 0), ("full", 149_971_456),
                 ("houlsby", 1_982_976), ("lora", 1_572_864), ("etris", 1_387_648),
                 ("etris-dino", 1_387_648), ("snf", 184_416), ("snf-etris", 1_387_648 + 184_416),
                 ("barleria-local", 390_656), ("barleria", 2_206_096)):
@@ -750,13 +750,13 @@ class Towers(unittest.TestCase):
                 self.assertEqual(towers[1].shape, text_shape)
                 words, sentence = towers[1](tokens)
                 self.assertEqual((words.shape, sentence.shape), ((1, 3, 128), (1, 64)))
-            sums = sorted(t.double().sum().item() for t in itertools.chain(
-                *(tower.state_dict().values() for tower in towers)))
-            self.assertEqual([round(s, 6) for s in sums], [round(s, 6) for s in sorted(
-                t.double().sum().item() for name, t in state.items() if "freqs" not in name)])
+            found = sum((t.double() ** 3).sum() for tower in towers
+                        for t in tower.state_dict().values())
+            self.assertAlmostEqual(found.item(), sum(
+                (t.double() ** 3).sum() for name, t in state.items()
+                if not re.search("freqs|mask_token|logit_scale", name)).item())
             for tower in towers:
                 self.assertFalse(any(p.requires_grad for p in tower.parameters()))
-                self.assertFalse(tower.train().training)
 
     def by_hand(self, state, eps):
         """A tower in double precision, its tensors by the file's names, norm and linear layer."""
@@ -810,7 +810,7 @@ class Towers(unittest.TestCase):
         x = x + linear(up / (1 + torch.exp(-1.702 * up)), block + "mlp.c_proj")
         x = norm(x, "visual.ln_post")
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-10)
-        self.assertLess(float((tower.project(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
+        self.assertLess(float((tower.projection(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
 
     def test_eva_vision_by_hand(self):
         """One block; the rotary tables are the module's, in single precision."""
@@ -836,7 +836,7 @@ class Towers(unittest.TestCase):
         y = gate / (1 + torch.exp(-gate)) * linear(y, block + "mlp.w2")
         x = norm(x + linear(norm(y, block + "mlp.ffn_ln"), block + "mlp.w3"), "visual.norm")
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-5)
-        self.assertLess(float((tower.project(x) - linear(x, "visual.head")).abs().max()), 1e-10)
+        self.assertLess(float((tower.projection(x) - linear(x, "visual.head")).abs().max()), 1e-10)
 
     def test_rotary_positions_rotate_the_patches_alone(self):
         torch.manual_seed(0)
@@ -922,13 +922,10 @@ class Towers(unittest.TestCase):
                 (vision, dinov2, {"norm.weight": zeros(7)},
                  r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
                 (vision, dinov2, {"pos_embed": zeros(1, 25, 128)}, "misshapen.*pos_embed"),
-                (vision, dinov2, {"cls_token": zeros(1, 1, 128).bool()}, "_token is not a plain"),
-                (vision, dinov2, {"cls_token": 5}, "cls_token is not a plain"),
                 (vision, dinov2, {"cls_token": zeros(1, 1, 128).double() + 1e300},
-                 "cls_token holds numbers that are not finite in torch.float32"),
+                 "cls_token holds numbers not finite in torch.float32"),
                 (vision, dinov2, {"register_tokens": None}, "no vision tower"),
-                (vision, dinov2, {"patch_embed.proj.weight": None}, "proj.weight is missing"),
-                (vision, dinov2, {"patch_embed.proj.weight": zeros(128, 588)}, "or misshapen"),
+                (vision, dinov2, {"patch_embed.proj.weight": None}, "missing.*proj.weight"),
                 (vision, eva, {"visual.blocks.1.attn.q_bias": None},
                  r"missing, the first: visual\.blocks\.1\.attn\.q_bias"),
                 (vision, eva, {"visual.blocks.0.attn.k_bias": zeros(192)},
@@ -961,8 +958,7 @@ class Towers(unittest.TestCase):
         for content, message in (
                 (whole[:5000], "not a readable"), (flipped, "not a readable"),
                 (path.read_bytes(), "not a readable"), (b"", "not a readable"),
-                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable"),
-                (pickle.dumps([1, 2], protocol=2), "not a ")):
+                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable")):
             path.write_bytes(content)
             with self.assertRaisesRegex(backbones.WeightsError, f"weights.pth: {message}"):
                 backbones.load_vision(path)
@@ -1027,7 +1023,7 @@ class HuggingFace(unittest.TestCase):
                     torch.save(changed(theirs, {name: value}), place / "pytorch_model.bin")
                     with self.assertRaisesRegex(backbones.WeightsError, f"{message}.*{name}"):
                         reads["text_model" in name](place)
-        with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
+        with self.assertRaises(IsADirectoryError):
             vision(folder(self))
 
     def test_safetensors(self):
@@ -1039,7 +1035,7 @@ class HuggingFace(unittest.TestCase):
             with self.assertRaisesRegex(backbones.WeightsError, "pip install safetensors"):
                 backbones.load_vision(place)
             return
-        with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
+        with self.assertRaisesRegex(backbones.WeightsError, "model.safetensors: not a readable"):
             backbones.load_vision(place)
         state = dinov2_state()
         safetensors.torch.save_file(hugging_face(state), place / "model.safetensors")
@@ -1050,32 +1046,22 @@ class HuggingFace(unittest.TestCase):
 class Download(unittest.TestCase):
     def test_whole_or_not_at_all(self):
         place = folder(self)
-        content = bytes(range(256)) * 900
-        (place / "there.bin").write_bytes(content)
+        (place / "there.bin").write_bytes(bytes(range(256)) * 900)
         address, digest = (place / "there.bin").as_uri(), backbones.sha256(place / "there.bin")
-
-        class Cut(io.BytesIO):
-            def info(self):
-                return dict.fromkeys(("content-length", "Content-Length"), str(len(content) + 1))
-
-        def cut(*_):
-            return Cut(content)
-
-        for at, expected, opens, error, message in (
-                ((place / "no").as_uri(), digest, urllib.request.urlopen, OSError, "/no.*/no'"),
-                (address, digest, cut, OSError, "retrieval incomplete"),
-                (address, "0" * 64, urllib.request.urlopen, backbones.WeightsError,
-                 "file.bin.part: not the published file.*fetch it again"),
-                (address, None, urllib.request.urlopen, None, ""),
-                (address, digest, cut, None, "")):      # is there: nothing to do
+        for at, expected, message in (
+                ((place / "no").as_uri(), digest, "file:.*/no, fetched to .*file.bin: .*No such"),
+                (address, "0" * 64, "there.bin, fetched to .*file.bin: invalid hash value"),
+                (address, digest, None),
+                ((place / "no").as_uri(), digest, None)):       # is there: nothing to do
             published = backbones.Published("file.bin", at, expected)
-            refused = self.assertRaisesRegex(error, message) if error else contextlib.nullcontext()
+            refused = (self.assertRaisesRegex(backbones.WeightsError, message) if message else
+                       contextlib.nullcontext())
             with mock.patch.dict(backbones.PUBLISHED, thing=published), refused, \
-                    mock.patch("urllib.request.urlopen", opens), \
                     contextlib.redirect_stderr(io.StringIO()):
                 path = Path(backbones.download("thing", place / "pretrained"))
-            self.assertEqual((place / "pretrained" / "file.bin").exists(), error is None)
-        self.assertEqual(path.read_bytes(), content)
+            self.assertEqual([found.name for found in (place / "pretrained").iterdir()],
+                             [] if message else ["file.bin"])
+        self.assertEqual(path.read_bytes(), (place / "there.bin").read_bytes())
 
 
 class Harm:
@@ -1113,15 +1099,12 @@ class Methods(unittest.TestCase):
                 frozen = name.startswith(("vision.", "text.")) and not (
                     positions and name in ("vision.position", "text.position"))
                 self.assertEqual(torch.equal(tensor, before[name]), frozen, name)
-            self.assertFalse(net.vision.training or net.text.training)
 
     def test_towers_can_learn_too(self):
-        for name, idle in (("shapes", {"vision.mask_token", "text.logit_scale"}),
-                           ("shapes-barleria", {"text.logit_scale"})):
+        for name in ("shapes", "shapes-barleria"):
             net = model.build(name)
             net(*self.batch(net)).sum().backward()
-            without = {name for name, p in net.named_parameters() if p.grad is None}
-            self.assertEqual(without, idle)
+            self.assertFalse([name for name, p in net.named_parameters() if p.grad is None])
 
     def test_dcris_reads_the_words_and_without_adapters_is_its_towers(self):
         net = model.build("shapes", visual_adapter_layers=(), text_adapter_layers=()).eval()
@@ -1268,7 +1251,6 @@ class Checkpoints(unittest.TestCase):
                 (lambda c: c["tensors"].pop(first), f"missing, the first: {first}"),
                 (lambda c: c["tensors"].update(x=torch.zeros(1)), "unexpected.*: x"),
                 (lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
-                (lambda c: c["tensors"].update({first: "x"}), "not a plain tensor"),
                 (lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}), "finite"),
                 (lambda c: c["config"].update(colour=1), "colour"),
                 (lambda c: c["config"].update(image_size=81), "image_size 81"),
@@ -1357,7 +1339,7 @@ def released_shapes(net):
                 shape = shape[-1:] if rest == "class_token" else shape[1:]
             if rest == "projection.weight":
                 shape.reverse()
-            shapes[prefixes[0] + backbones.renamed(rest, vision_names)] = shape
+            shapes[prefixes[0] + backbones.renamed(rest, vision_names).removesuffix(".T")] = shape
             continue
         if kind == "text":
             shapes[prefixes[1] + backbones.renamed(rest, backbones.CLIP_TEXT_NAMES)] = shape
@@ -2308,7 +2290,6 @@ class Runs(unittest.TestCase):
                   "--epochs", 1]
         before = {name: tensor for name, tensor in self.tensors("whole1", "best.pt").items()
                   if name.startswith(("vision.", "text."))}
-        unused = ("mask_token", "logit_scale")
         # Wrapped layers have longer names.
         for preset, inserted in (("shapes-full", ""), ("shapes-lora", "frozen."),
                                  ("shapes-compacter", "0."), ("shapes-barleria", "")):
@@ -2318,8 +2299,7 @@ class Runs(unittest.TestCase):
                      for name, tensor in self.tensors(place / preset).items()}
             for name, tensor in before.items():
                 same = torch.equal(after[name.replace(inserted, "") if inserted else name], tensor)
-                learns = preset == "shapes-full" and name.split(".")[-1] not in unused
-                self.assertEqual(same, not learns, (preset, name))
+                self.assertEqual(same, preset != "shapes-full", (preset, name))
         for preset, init, out, message in (
                 ("shapes-lora", best, "shapes-lora", None),
                 ("shapes-lora", place / "shapes-full" / "best.pt", "shapes-lora", "run: init"),
