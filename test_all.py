@@ -1438,80 +1438,59 @@ class Released(unittest.TestCase):
 
     def test_training_starts_as_in_the_authors_program(self):
         torch.manual_seed(0)
-        net = model.build("detris-b")
-        for name, parameter in net.named_parameters():
+        for name, parameter in model.build("detris-b").named_parameters():
             if not parameter.requires_grad or parameter.numel() < 200:
                 continue
             theirs = backbones.renamed(name, model.RELEASED_NAMES).replace(".value.", ".in_proj_")
-            spread = next((v for k, v in RECORDED_STARTS.items() if re.match(k, theirs)
-                           or k.startswith(("res", "dino")) and re.search(k, theirs)), None)
-            if re.search(r"(norm|bn)\w*\.|ln_|\.1\.(weight|bias)$|ffn\.3|norm\d", theirs):
+            spread = next((v for k, v in RECORDED_STARTS.items() if re.search(k, theirs)), None)
+            if re.search(r"(norm|bn)\w*\.|ln_|\.1\.(weight|bias)$|ffn\.3|norm\d", theirs) or (
+                    re.search("bias$", theirs)
+                    and not re.search("resblocks.*fc2|neck.txt|ffn|^proj", theirs)):
                 spread = 0
-            if theirs.endswith("bias") and not re.match(
-                    r".*(resblocks.*fc2|neck.txt|ffn|^proj)", theirs):
-                spread = 0
-            if spread == 0:
-                self.assertEqual(float(parameter.detach().std()), 0, name)
-            else:
-                self.assertAlmostEqual(float(parameter.detach().std()) / spread, 1, delta=0.15,
-                                       msg=theirs)
+            self.assertAlmostEqual(float(parameter.detach().std()), spread, delta=0.15 * spread,
+                                   msg=theirs)
 
-    def small(self, kind):
-        """A small model, and a file of the authors' form that holds one like it."""
-        shapes = {"v": backbones.VisionShape(14, 128, 6, 2, grid=5, registers=4),
+    def test_files_are_read_as_they_are_and_refused_by_name(self):
+        """Small models in files of the authors' form."""
+        place = folder(self)
+        towers = {"v": backbones.VisionShape(14, 128, 6, 2, grid=5, registers=4),
                   "c": backbones.VisionShape(16, 128, 6, 2, grid=3, embed=64, family="clip")}
         text = backbones.TextShape(64, 6, 1, 64, 300, 77)
-        for patch in (mock.patch.dict(backbones.VISION, shapes),
+        for patch in (mock.patch.dict(backbones.VISION, towers),
                       mock.patch.dict(backbones.TEXT, t=text)):
             patch.start()
             self.addCleanup(patch.stop)
-        common = {"text": "t", "head_width": 64, "head_layers": 2}
-        if kind == "detris":
-            net = model.build(
-                "detris-b", vision="v", visual_adapter_layers=[1, 3], visual_adapter_rank=32,
-                text_adapter_layers=[1, 2, 5], text_adapter_rank=16, features=(2, 4), **common)
-        else:
-            net = model.build("etris", vision="c", bridge_width=16, features=(1, 3), **common)
-        state = {name: recorded_weight(name, shape) for name, shape in released_shapes(net).items()}
-        if kind == "detris":
-            state["txt_backbone.visual.proj"] = torch.zeros(3, 3)
-        return net, {f"module.{name}": tensor for name, tensor in state.items()}
-
-    def test_files_are_read_as_they_are_and_refused_by_name(self):
-        place = folder(self)
-        for kind, some in (
-                ("detris", ["dinov2.blocks.3.adapter.dense_branch2.1.bn.running_var",
-                            "dinov2.blocks.1.adapter.dense_branch1.conv.weight",
-                            "dinov2.blocks.1.adapter.cross.multihead_attn.in_proj_weight",
-                            "txt_backbone.transformer.resblocks.5.adapter.D_fc2.bias",
-                            "decoder.layers.1.ffn.4.weight", "proj.vis.3.1.weight"]),
-                ("etris", ["bridger.zoom_out.2.0.weight", "bridger.ln_t.1.weight",
-                           "bridger.fusion_t.0.multihead_attn.out_proj.weight",
-                           "backbone.visual.positional_embedding", "neck.f5_proj.1.running_mean",
-                           "neck.coordconv.0.conv1.0.weight", "neck.aggr.1.bias"])):
-            net, state = self.small(kind)
+        for preset, fields, unused, some in (
+                ("detris-b", {"vision": "v", "features": (2, 4), "visual_adapter_rank": 32,
+                              "visual_adapter_layers": (1, 3), "text_adapter_rank": 16,
+                              "text_adapter_layers": (1, 2, 5)}, ["txt_backbone.visual.proj"],
+                 ["dinov2.blocks.3.adapter.dense_branch2.1.bn.running_var",
+                  "dinov2.blocks.1.adapter.cross.multihead_attn.in_proj_weight",
+                  "txt_backbone.transformer.resblocks.5.adapter.D_fc2.bias",
+                  "decoder.layers.1.ffn.4.weight", "proj.vis.3.1.weight"]),
+                ("etris", {"vision": "c", "features": (1, 3), "bridge_width": 16}, [],
+                 ["bridger.zoom_out.2.0.weight", "bridger.ln_t.1.weight",
+                  "bridger.fusion_t.0.multihead_attn.out_proj.weight",
+                  "backbone.visual.positional_embedding",
+                  "neck.f5_proj.1.running_mean", "neck.coordconv.0.conv1.0.weight"])):
+            net = model.build(preset, text="t", head_width=64, head_layers=2, **fields)
+            shapes = {**released_shapes(net), **dict.fromkeys(unused, (3, 3))}
+            state = {f"module.{name}": recorded_weight(name, shape)
+                     for name, shape in shapes.items()}
             torch.save({"epoch": 40, "best_iou": np.float64(0.7), "state_dict": state},
                        place / "a.pth")
             again = model.load(place / "a.pth")
-            recipe = {"epochs", "milestones"}       # which the files do not hold
-            ours, theirs = ({k: v for k, v in asdict(n.config).items() if k not in recipe}
-                            for n in (net, again))
-            self.assertEqual(ours, theirs)
-            third = again.head.neck.maps[2][0].weight.detach()
-            self.assertTrue(torch.equal(
-                third, state["module.neck.f5_proj.0.weight"].transpose(0, 1)))
+            recipe = {key: getattr(net.config, key) for key in ("epochs", "milestones")}
+            self.assertEqual(replace(again.config, **recipe), net.config)
+            self.assertTrue(torch.equal(again.head.neck.maps[2][0].weight,
+                                        state["module.neck.f5_proj.0.weight"].transpose(0, 1)))
             for name in some:
-                name = f"module.{name}"
-                for change, message in (
-                        (lambda s: s.pop(name), "missing"),
-                        (lambda s: s.update({name + "x": s.pop(name)}), "missing"),
-                        (lambda s: s.update({name: torch.zeros(3, 2)}), "misshapen")):
-                    broken = dict(state)
-                    change(broken)
-                    torch.save({"state_dict": broken}, place / "b.pth")
-                    short = name.split("backbone.")[-1].removeprefix("module.")
+                key, short = f"module.{name}", name.split("backbone.")[-1]
+                for change, message in (({}, "missing"), ({key: torch.zeros(3, 2)}, "misshapen")):
+                    kept = {k: v for k, v in state.items() if k != key}
+                    torch.save({"state_dict": kept | change}, place / "b.pth")
                     with self.subTest(name), self.assertRaisesRegex(
-                            backbones.WeightsError, re.escape(short)):
+                            backbones.WeightsError, f"(?=.*{message}).*{re.escape(short)}"):
                         model.load(place / "b.pth")
 
 
@@ -1581,9 +1560,8 @@ class OwnTokenizer(unittest.TestCase):
 
     def test_broken_vocabularies(self):
         path = folder(self) / "v"
-        packed = gzip.compress(b"#version\n" * 999)
-        for content in (b"", b"no header\na b\n", b"#version\none\n", b"#version\na b c\n", b"\xff",
-                        b"\x1f\x8bnot gzip", packed[:-20], packed[:20] + b"\xff" + packed[21:]):
+        cut = gzip.compress(b"#version\n" * 999)[:-20]
+        for content in (b"", b"no header\na b\n", b"#version\none\n", b"\xff", cut):
             path.write_bytes(content)
             for source in (path, content):
                 with self.assertRaisesRegex(data.DataError, "not a BPE vocabulary"):
@@ -1649,22 +1627,6 @@ class Letterbox(unittest.TestCase):
                     ("photo", "mask", "back"), found, (photo, mask, back), (1, 1, 1e-5)):
                 difference = np.abs(ours.double().numpy() - theirs).max()
                 self.assertLessEqual(difference, most, (width, height, size, name))
-
-    def test_every_place_by_hand(self):
-        """Sums over the 4x4 or 2x2 pixels around a place, which is rounded to 1/32 pixel."""
-        for width, height, size, cubic in ((64, 43, 45, True), (33, 50, 45, False)):
-            scale, left, top = data.letterbox_place(width, height, size)
-            self.assertEqual((scale, left, top), (
-                size / max(width, height), (size - scale * width) / 2, (size - scale * height) / 2))
-            image = torch.rand(height, width, 1, dtype=torch.float64)
-            square = data.warp(image.transpose(0, 1), scale, left, top, size, size, cubic)[0]
-            for row, column in itertools.product(range(0, size, 7), repeat=2):
-                v, u = (round(32 * (at - shift) / scale) / 32
-                        for at, shift in ((row, top), (column, left)))
-                total = (np.array([weight(v - j, cubic) for j in range(height)])
-                         @ image[..., 0].numpy()
-                         @ np.array([weight(u - i, cubic) for i in range(width)]))
-                self.assertAlmostEqual(float(square[row, column]), total, places=6)
 
 
 def weight(x, cubic, a=-0.75):
@@ -1776,14 +1738,12 @@ class Refer(unittest.TestCase):
         self.assertEqual((ref.id, ref.sentences), (1, ("café",)))
 
     def test_broken_masks_are_refused(self):
-        def rle(counts, size=(60, 80)):
-            return {"size": size, "counts": counts}
         ref = self.read()[0]
         for segmentation in (
-                [[1, 1, 2, 2]], [[1, 1, 2, 2, 3]], [["a"] * 6], [[math.nan] * 6], [5], "poly", 7,
-                [[-9, -9, -5, -9, -5, -5]], [[4e8, 4e8, -4e8, -4e8, 4e8, 0]], {"size": [60, 80]},
-                rle([4800], (80, 60)), rle([4800], 3), rle([4000]), rle([4800]), rle([9000]),
-                rle([-1, 4801]), rle(["a"]), rle(""), rle(7), rle("zzzzzz~~" * 9)):
+                [[1, 1, 2, 2]], [[math.nan] * 6], [[-9, -9, -5, -9, -5, -5]],
+                [[4e8, 4e8, -4e8, -4e8, 4e8, 0]], {"size": [60, 80]},
+                {"size": [80, 60], "counts": [4800]}, {"size": [60, 80], "counts": [100, 9000]},
+                {"size": [60, 80], "counts": "zzzzzz~~" * 9}):
             with self.subTest(segmentation), self.assertRaisesRegex(
                     data.DataError, "ref 111 of .*unusable segmentation"):
                 data.decode_mask(ref._replace(segmentation=segmentation))
@@ -1838,84 +1798,66 @@ class Hostile(unittest.TestCase):
         self.root = folder(self)
         self.home = data.draw_shapes(self.root, {"train": 6, "val": 3})
         self.paths = {"refs": self.home / "refs(shapes).p", "json": self.home / "instances.json",
-                      "photo": next((self.home / "images").glob("*val*"))}
-        self.whole = {path: path.read_bytes() for path in self.paths.values()}
-        self.tokenizer = data.Tokenizer(self.home / "merges.txt")
+                      "photo": next((self.home / "images").glob("*val*")),
+                      "merges": self.home / "merges.txt"}
+        self.whole = {which: path.read_bytes() for which, path in self.paths.items()}
 
     def read_all(self, skip):
         """Reads every expression and a training sample: how many entries were left out."""
         data.read_refs.cache_clear()
+        tokenizer = data.Tokenizer(self.paths["merges"])
         for split in ("train", "val"):
             refs, left_out = data.read_split(self.root, "shapes", split, skip)
-            samples = data.ExpressionSet(refs, self.tokenizer, 64, 17, skip)
+            samples = data.ExpressionSet(refs, tokenizer, 64, 17, skip)
             left_out += sum(samples[i] is None for i in range(len(samples)))
-            data.TrainSet(refs, self.tokenizer, 64, 17, 0, skip)[1, 0]
+            data.TrainSet(refs, tokenizer, 64, 17, 0, skip)[1, 0]
         return left_out
 
     def spoil(self, which, change):
-        """Restores all files, then writes one anew, or changes the entry of the last ref in it."""
-        for path, content in self.whole.items():
-            path.write_bytes(content)
-        if isinstance(change, bytes):
-            self.paths[which].write_bytes(change)
-            return
-        refs, instances = pickle.loads(self.whole[self.paths["refs"]]), json.loads(
-            self.whole[self.paths["json"]])
-        ref = refs[-1]
-        entries = {"ref": ref, "image": instances["images"][ref["image_id"] - 1],
-                   "mask": instances["annotations"][ref["ann_id"] - 1]}
-        entries[which].update(change)
-        self.paths["refs"].write_bytes(pickle.dumps(refs))
-        self.paths["json"].write_text(json.dumps(instances))
+        """Writes all files anew: one with other bytes, or with another entry of the last ref."""
+        whole = {**self.whole, which: change}
+        if isinstance(change, dict):
+            refs, coco = pickle.loads(self.whole["refs"]), json.loads(self.whole["json"])
+            ref = refs[-1]
+            {"ref": ref, "image": coco["images"][ref["image_id"] - 1],
+             "mask": coco["annotations"][ref["ann_id"] - 1]}[which].update(change)
+            whole = {**self.whole, "refs": pickle.dumps(refs), "json": json.dumps(coco).encode()}
+        for which, path in self.paths.items():
+            path.write_bytes(whole[which])
 
     def test_data_sets(self):
         """One line says what is wrong. --skip-broken leaves out an entry, but not a whole file."""
-        def encoded(mode, size, form, cut=None):
-            buffer = io.BytesIO()
-            Image.new(mode, size).save(buffer, form)
-            return buffer.getvalue()[:cut]
+        deep = io.BytesIO()
+        Image.new("F", (64, 64)).save(deep, "TIFF")
         for which, change, message in (
                 ("refs", pickle.dumps([Harm(self.root / "h")]), r"asks for \w+.mkdir, which could"),
-                ("refs", b"cbuiltins\neval\n.", "could run code"),
-                ("refs", b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "could run code"),
-                ("refs", b"(ios\nsystem\n.", "could run code"),
-                ("refs", self.whole[self.paths["refs"]][:-50], r"refs\(shapes\).p: cannot be read"),
-                ("refs", b"", "cannot be read"),
+                ("refs", self.whole["refs"][:-50], r"refs\(shapes\).p: cannot be read"),
                 ("refs", pickle.dumps(7), "cannot be read"),
-                ("json", b"[" * 100_000, "instances.json: cannot be read"),
-                ("json", b'{"images": ["', "cannot be read"),
-                ("json", b'{"images": "\xff\xfe"}', "cannot be read"),
+                ("json", self.whole["json"][:99], "instances.json: cannot be read"),
                 ("json", b'{"annotations": []}', "no 'images'"),
-                ("json", b'{"images": 5, "annotations": []}', "cannot be read"),
                 ("ref", {"ann_id": 10**30}, "entry [0-9]+: .*annotation 10+ is not in"),
                 ("ref", {"image_id": [1]}, "entry .*unhashable"),
                 ("ref", {"sentences": []}, "an expression is empty"),
                 ("ref", {"sentences": [{"sent": " &nbsp; "}]}, "an expression is empty"),
                 ("ref", {"sentences": [{"tokens": []}]}, "no 'sent'"),
-                ("ref", {"split": ["val"]}, "entry .*unhashable"),
-                ("image", {"file_name": "gone.jpg"}, "no image folder holds gone.jpg"),
-                ("image", {"file_name": "\x1b[2J"}, "entry .*no image folder holds"),
-                ("image", {"file_name": "../../../etc/passwd"}, "no image folder holds .*passwd"),
-                ("image", {"width": -64}, "pixels, but instances.json says -64x"),
+                ("image", {"file_name": "\x1b[2J"}, r"no image folder holds \?\[2J"),
+                ("image", {"width": 65}, "pixels, but instances.json says 65x"),
                 ("mask", {"segmentation": None}, "has no mask"),
                 ("mask", {"segmentation": {"size": [10**6, 10**6], "counts": "04"}}, "of size"),
-                ("photo", encoded("RGB", (64, 64), "JPEG", 400), "cannot be read as an image"),
-                ("photo", encoded("F", (64, 64), "TIFF"), "more than 8 bits"),
-                ("photo", encoded("1", (30_000, 30_000), "PNG"), "exceeds limit"),
+                ("photo", self.whole["photo"][:400], "cannot be read as an image"),
+                ("photo", deep.getvalue(), "more than 8 bits"),
                 ("photo", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
                  "cannot be read as an image")):
             with self.subTest(which=which, message=message):
                 self.spoil(which, change)
-                before = set(self.root.rglob("*"))
-                with self.assertRaisesRegex(data.DataError, message) as refused:
+                with self.assertRaisesRegex(data.DataError, rf"\A.*{message}.*\Z"):
                     self.read_all(skip=False)
-                self.assertNotIn("\n", str(refused.exception))
                 if which in ("refs", "json"):
                     with self.assertRaises(data.DataError):
                         self.read_all(skip=True)
                 else:
                     self.assertGreaterEqual(self.read_all(skip=True), 1)
-                self.assertEqual(set(self.root.rglob("*")), before)
+        self.assertFalse((self.root / "h").exists())
 
     def test_odd_texts_are_read(self):
         for text in ("\x00\x1b[2J\x07", "\u202eהחתול השמאלי\u202c", "cat \ud800", "a word " * 999):
@@ -1925,70 +1867,43 @@ class Hostile(unittest.TestCase):
     @unittest.skipUnless(MANY, "changes bytes at random; MANY=1 runs it")
     def test_mutated_files(self):
         """A few changed bytes: each file is read, or refused with the documented error."""
-        chance, net = random.Random(0), model.build("shapes").eval()
-        path, batch = self.root / "m.pt", (torch.zeros(1, 3, 64, 64), torch.ones(1, 17).long())
-        model.save(path, net, run={}, vocabulary={"text": self.tokenizer.text})
-        whole, logits, refused = path.read_bytes(), net(*batch), [0, 0]
-
-        def attempt(kind, read, argument):
+        chance, refused = random.Random(0), 0
+        for which in 120 * MANY * list(self.paths):
+            content = bytearray(self.whole[which])
+            for _ in range(chance.randint(1, 4)):
+                start = chance.randrange(len(content))
+                old, new = chance.choice(((1, 1), (1, 0), (8, 8), (8, 0), (0, 8)))
+                content[start:start + old] = chance.randbytes(new)
+            self.spoil(which, bytes(content))
             try:
-                return read(argument)
-            except (data.DataError, model.WeightsError) as error:
+                self.read_all(skip=False)
+            except data.DataError as error:
                 self.assertNotIn("\n", str(error))
-                refused[kind] += 1
-
-        for _ in range(120 * MANY):
-            for which in self.paths:
-                self.spoil(which, mutated(self.whole[self.paths[which]], chance))
-                attempt(0, self.read_all, False)
-                attempt(0, self.read_all, True)
-            attempt(0, data.Tokenizer, mutated(self.tokenizer.text.encode(), chance))
-            path.write_bytes(mutated(whole, chance))
-            again = attempt(1, model.load, path)
-            self.assertTrue(again is None or torch.equal(again(*batch), logits))
-        self.assertGreater(min(refused), 50 * MANY)
+                refused += 1
+        self.assertGreater(refused, 50 * MANY)
 
     def test_weight_files(self):
         path, harm = self.root / "w.pt", Harm(self.root / "h")
-        for content in ({"state_dict": harm}, pickle.dumps(harm), b"hi", b"", [1],
-                        {"state_dict": {0: torch.ones(1)}}, {"state_dict": {"module.a": 5}}):
+        for content in ({"state_dict": harm}, pickle.dumps(harm), b"", [1],
+                        {"state_dict": {"module.a": 5}}):
             path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
             for read in (model.load, backbones.load_vision, backbones.load_text):
-                with self.subTest(content=content, read=read), self.assertRaises(
-                        (model.WeightsError, model.ConfigError)) as refused:
+                with self.subTest(content=content, read=read), self.assertRaisesRegex(
+                        (model.WeightsError, model.ConfigError), r"\A.+\Z"):
                     read(path)
-                self.assertEqual(len(str(refused.exception).splitlines()), 1)
         self.assertFalse((self.root / "h").exists())
-
-
-def mutated(content, chance):
-    """Content with a few bytes changed, left out, doubled or put elsewhere."""
-    content = bytearray(content)
-    for _ in range(chance.randint(1, 4)):
-        if not content:
-            break
-        start = chance.randrange(len(content))
-        end = min(len(content), start + chance.choice((1, 1, 2, 8, 64)))
-        part = content[start:end]
-        content[start:end] = chance.choice((
-            bytes(chance.randrange(256) for _ in part), b"", part + part, bytes(len(part)),
-            bytes([part[0] ^ 1 << chance.randrange(8)]) + part[1:]))
-    return bytes(content)
 
 
 class Drawn(unittest.TestCase):
     def referred(self, text, figures, domain):
         """Reads an expression back, word by word: the figures that it can refer to."""
         def matching(words):
-            found = figures
-            for word in words:
-                found = [f for f in found if word in (f.kind, f.colour, f.size, f.texture, "shape")]
-            return found
+            return [f for f in figures if {*words} <= {*f[:4], "shape"}]
 
         words = text.removeprefix("the ")
         for relation, (dx, dy) in {**domain.directions, "nearest to": (0, 0)}.items():
-            if f" {relation} the " in words:
-                left, right = words.split(f" {relation} the ")
+            left, _, right = words.partition(f" {relation} the ")
+            if right:
                 anchor, = matching(right.split())
                 found = [f for f in matching(left.split()) if f is not anchor]
                 if relation == "nearest to":
@@ -2097,13 +2012,11 @@ class Evaluating(unittest.TestCase):
                 rows.append((len(rows), (predicted & truth).sum(), (predicted | truth).sum()))
         for world in (1, 2, 3):
             file, panel = self.root / f"{world}.json", self.root / f"{world}.png"
-            children = begin(self.root, [
+            statuses, lines = launch([
                 *self.common, "--split", "val", "test", "--skip-broken", "--batch-size", 3,
                 "--json", file, "--panel", panel], None, world, "evaluate")
-            for child in children:
-                child.join(60)
-            printed = (self.root / "0.txt").read_text()
-            self.assertEqual([child.exitcode for child in children], [0] * world, printed)
+            printed = "\n".join(lines)
+            self.assertEqual(statuses, [0] * world, printed)
             self.assertRegex(printed, r"left out 0 .* and \d+ expressions with a broken photo")
             self.assertRegex(printed, r"\| val \| \d+ \| \d+\.\d\d \|(.|\n)+\| test \|")
             self.assertEqual(Image.open(panel).width, 2 * 580)
@@ -2134,18 +2047,11 @@ class Evaluating(unittest.TestCase):
                 (["--split", "testC"], "no split 'testC'; found"), (one[2:], "one photo takes"),
                 (["--dataset", "mixed"], "choose one to evaluate it on"),
                 (["--split", "val", "--workers", 1], f"{self.last.image}: cannot be read"),
-                (["--json", self.ckpt], "net.pt is an input"), (["--json", "/dev/null"], "not a f"),
-                (["--length", 99], "from 3 to 77"), (["--flag"], "arguments: --flag; --help"),
+                (["--json", self.ckpt], "net.pt is an input"), (["--length", 99], "from 3 to 77"),
                 ([*one, "--image", self.last.image], "cannot be read as an image"),
-                ([*one, "--output", photo], "is an input"),
                 ([*one, "--output", place / "o.cat"], "o.cat: could not be written: unknown file"),
-                ([*one, "--split", "val"], "nothing of a split"),
                 ([*one, "--text", " &nbsp; "], "the expression is empty")):
-            status, out, err = program(evaluate, *self.common, *arguments)
-            lines = [line for line in err.replace("\r", "\n").splitlines()
-                     if line.strip() and not line.startswith("shapes val:")]
-            self.assertEqual((status, out, len(lines)), (2, "", 1), err)
-            self.assertRegex(lines[0], f"evaluate.py: .*{message}")
+            refused(self, evaluate, [*self.common, *arguments], f"evaluate.py: .*{message}")
         self.assertEqual({path.name for path in place.iterdir()}, {"cut.pt"})
 
 
@@ -2160,31 +2066,15 @@ class Runs(unittest.TestCase):
         cls.root = Path(place.name)
         data.draw_shapes(cls.root / "data", cls.SCENES)
         # With dropout, which must draw the same numbers again.
-        cls.options = [*SMALL_RUN, "--dropout", "0.1", "--save-every", "2"]
-        cls.command = [*cls.options, "--data", cls.root / "data"]
+        cls.command = [*SMALL_RUN, "--dropout", "0.1", "--save-every", "2",
+                       "--data", cls.root / "data"]
         for world in (1, 2):
             cls.printed = cls.run_out(f"whole{world}", None, world)
 
     @classmethod
     def run_out(cls, out, trick=None, world=1, *more):
         """A run in ROOT/OUT: its exit statuses, and the lines it printed but for progress."""
-        return cls.finish(begin(cls.root, [*cls.command, "--out", cls.root / out, *more],
-                                 trick, world))
-
-    @classmethod
-    def finish(cls, children):
-        for child in children:
-            child.join(60)
-            hung = child.exitcode is None
-            child.kill()
-            child.join()
-            if hung:
-                raise AssertionError("a process hangs")
-        printed = "".join((cls.root / f"{rank}.txt").read_text().replace("\r", "\n")
-                          for rank in range(len(children)))
-        lines = [line for line in printed.splitlines()
-                 if line.strip() and not re.match(r"(epoch|drawing|validating)", line)]
-        return [child.exitcode for child in children], lines
+        return launch([*cls.command, "--out", cls.root / out, *more], trick, world)
 
     def log(self, out):
         return [json.loads(line) for line in (self.root / out / "log.jsonl").open()]
@@ -2226,9 +2116,9 @@ class Runs(unittest.TestCase):
                     self.assertGreater(np.asarray(picture).std(), 5)
             # One process finds the figures in the checkpoint that one or two have logged.
             figures = whole.with_suffix(".json")
-            statuses, lines = self.finish(begin(self.root, [
+            statuses, lines = launch([
                 "--ckpt", whole / "last.pt", "--data", self.root / "data", "--split", "val",
-                "--batch-size", 8, "--json", figures], module="evaluate"))
+                "--batch-size", 8, "--json", figures], module="evaluate")
             self.assertEqual(statuses, [0], lines)
             (found,) = json.loads(figures.read_text()).values()
             for key in ("miou", "oiou", "p50"):
@@ -2309,30 +2199,23 @@ class Runs(unittest.TestCase):
         before = {name: tensor for name, tensor in self.tensors("whole1", "best.pt").items()
                   if name.startswith(("vision.", "text."))}
         unused = ("mask_token", "logit_scale")
-        # Wrapped layers have longer names.
-        for preset, inserted in (("shapes-full", ""), ("shapes-lora", "frozen."),
-                                 ("shapes-compacter", "0."), ("shapes-barleria", "")):
+        for preset in ("shapes-full", "shapes-lora", "shapes-compacter", "shapes-barleria"):
             status, _, err = program(train, "--preset", preset, *common, "--out", place / preset)
             self.assertEqual(status, 0, err)
-            after = {name.replace(inserted, "") if inserted else name: tensor
+            # Wrapped layers have longer names.
+            after = {re.sub(r"frozen\.|(mlp)\.0", r"\1", name): tensor
                      for name, tensor in self.tensors(place / preset).items()}
             for name, tensor in before.items():
-                same = torch.equal(after[name.replace(inserted, "") if inserted else name], tensor)
                 learns = preset == "shapes-full" and name.split(".")[-1] not in unused
-                self.assertEqual(same, not learns, (preset, name))
-        for preset, init, out, message in (
-                ("shapes-lora", best, "shapes-lora", None),
-                ("shapes-lora", place / "shapes-full" / "best.pt", "shapes-lora", "run: init"),
-                ("shapes-lora", place / "shapes-lora" / "best.pt", "x", "best.pt"),
-                ("shapes-lora", place / "no.pt", "x", "no.pt: no such"),
-                ("houlsby", best, "x", "the tower has 4 blocks")):
-            status, out, err = program(train, "--preset", preset, *common, "--init", init,
-                                       "--out", place / out)
-            if message:
-                self.assertEqual((status, err.count("\n")), (2, 1), err)
-                self.assertRegex(err, message)
-            else:
-                self.assertRegex(out, "shapes-lora: finished after epoch 1")
+                self.assertEqual(torch.equal(after[name], tensor), not learns, (preset, name))
+        lora = ["--preset", "shapes-lora", *common, "--out", place / "shapes-lora"]
+        self.assertRegex(program(train, *lora)[1], "shapes-lora: finished after epoch 1")
+        for more, message in (
+                (["--init", place / "shapes-full" / "best.pt"], "run: init"),
+                (["--init", place / "shapes-lora" / "best.pt", "--out", place / "x"], "best.pt"),
+                (["--init", place / "no.pt"], "no.pt: no such"),
+                (["--preset", "houlsby", "--out", place / "x"], "the tower has 4 blocks")):
+            refused(self, train, [*lora, *more], message)
 
     def test_bad_input_gets_one_line_and_status_2(self):
         place = folder(self)
@@ -2344,19 +2227,15 @@ class Runs(unittest.TestCase):
                               ("flipped", flipped)):
             (place / name).mkdir()
             (place / name / "last.pt").write_bytes(content)
-        real = ["--preset", "dcris-b", "--dataset", "refcoco"]
         for arguments, message in (
                 (["--preset", "cats"], "argument --preset: invalid choice: 'cats'"),
-                (["--flag"], "unrecognized arguments"),
                 (["--preset", "dcris-b"], "needs --dataset"),
                 (["--init", "a.pt", "--random-towers"], "leave --random-towers"),
-                (["--save-every", -1], "at least 0"),
                 (["--bench", "--rounds", 0], "at least 1"),
-                ([*real, "--data", place / "no"], "no such file; .python backbones.py download"),
+                (["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no"],
+                 "no such file; .python backbones.py download"),
                 (["--preset", "shapes-lora"], "there is no file of one: --init"),
                 (["--dataset", "cats"], "'cats'|cats"),
-                (["--image-size", "65"], "image_size 65"),
-                (["--visual-adapter-layers", "1", "9"], "the tower has 4 blocks"),
                 (["--micro-batch", "5"], "micro-batches of 5; change"),
                 (["--batch-size", "9999"], "only .* refs"),
                 (["--out", place / "file"], "file"),
@@ -2365,10 +2244,7 @@ class Runs(unittest.TestCase):
                 (["--out", place / "best"], "not this run's last.pt"),
                 (["--out", place / "cut"], "cut/last.pt: "),
                 (["--out", place / "flipped"], "flipped/last.pt: ")):
-            with self.subTest(arguments=arguments):
-                status, out, err = program(train, *self.command, "--out", place / "o", *arguments)
-                self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
-                self.assertRegex(err, message)
+            refused(self, train, [*self.command, "--out", place / "o", *arguments], message)
 
     def test_the_folder_is_the_run(self):
         before = (self.root / "whole1" / "last.pt").read_bytes()
@@ -2379,42 +2255,31 @@ class Runs(unittest.TestCase):
         # No two runs write to one folder. The default is runs/PRESET.
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(folder(self))
-        first = begin(self.root, self.command, "slow")
-        while first[0].is_alive() and not Path("runs/shapes/.lock").exists():
-            time.sleep(0.05)
-        status, _, err = program(train, *self.command)
-        self.assertEqual((status, err.count("\n")), (2, 1), err)
-        self.assertRegex(err, "runs/shapes: another run is writing there")
-        self.assertEqual(self.finish(first)[0], [0])
-        self.same_as_whole(Path.cwd() / "runs" / "shapes", 1)
+        train.lock_folder(Path("runs/shapes"))
+        statuses, lines = launch(self.command)
+        self.assertEqual((statuses, len(lines)), ([2], 1), lines)
+        self.assertRegex(lines[0], "runs/shapes: another run is writing there")
 
     def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
         for world, tricks in ((1, ("drawing", "first step", "saving", "last step", "validating",
-                                   "validated", "best saved")),
-                              (2, ("saving", "last step", "validating"))):
-            out = self.root / f"killed{world}"
-            command = [*self.options, "--data", folder(self), "--out", out]
+                                   "validated", "best saved", None)),
+                              (2, ("saving", "last step", "validating", None))):
+            out, drawn = f"killed{world}", folder(self)
             for trick in tricks:
-                statuses, lines = self.finish(begin(self.root, command, trick, world))
-                self.assertIn(-signal.SIGKILL, statuses, (trick, lines))
-            statuses, lines = self.finish(begin(self.root, command, None, world))
-            self.assertEqual(statuses, [0] * world, lines)
+                statuses, lines = self.run_out(out, trick, world, "--data", drawn)
+                self.assertEqual(min(statuses) < 0, trick is not None, (trick, statuses, lines))
             self.same_as_whole(out, world)
 
     @unittest.skipUnless(MANY, "MANY=20 kills 20 runs at random moments")
     def test_killed_at_random_a_run_ends_as_if_undisturbed(self):
         moments = random.Random(0)
-        for world in (1, 2):
-            for kill in range(MANY):
-                out = f"random{world}-{kill // 4}"
-                children = begin(self.root, [*self.command, "--out", self.root / out], None, world)
-                time.sleep(moments.uniform(0.5, 1 + 1.5 * world))
-                for child in children:
-                    child.kill()
-                self.finish(children)
-                if kill % 4 == 3 or kill == MANY - 1:
-                    self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
-                    self.same_as_whole(out, world)
+        for world, run in itertools.product((1, 2), range(0, MANY, 4)):
+            out = f"random{world}-{run}"
+            for _ in range(4):
+                launch([*self.command, "--out", self.root / out], None, world,
+                       kill_after=moments.uniform(0.5, 1 + 1.5 * world))
+            self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
+            self.same_as_whole(out, world)
 
     def test_a_signal_ends_the_run_after_the_step_and_saves_it(self):
         for trick, status, world, place in (
@@ -2431,19 +2296,18 @@ class Runs(unittest.TestCase):
     def test_one_says_why_and_none_hangs(self):
         """Afterwards the run can go on: what was saved is whole."""
         for trick, more, status, message in (
-                (None, ["--image-size", "65"], 2, "image_size 65"),
-                (None, ["--vocabulary", self.root / "none"], 2, "none"),
+                ("image size", ["--image-size", "65"], 2, "image_size 65"),
+                ("vocabulary", ["--vocabulary", self.root / "none"], 2, "none"),
                 ("fail at one", [], 2, "photo 7 is broken"),
-                ("rank 1", [], 1, "lost another process"),
+                ("one killed", [], 1, "lost another process"),
                 ("full disk", [], 2, "last.pt: could not be written: File too large"),
                 ("not finite", [], 2, r"the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
                                       r"last.pt, if saved, is from before; try a lower --lr")):
-            out = f"said {trick} {message[:5]}"
-            statuses, lines = self.run_out(out, trick, 2, *more)
+            statuses, lines = self.run_out(trick, None if more else trick, 2, *more)
             self.assertEqual(len(lines), 1, lines)
             self.assertRegex(lines[0], message)
             self.assertIn(status, statuses)
-        for out in ("said not finite the l", "said full disk last."):
+        for out in ("full disk", "not finite"):
             self.assertEqual(self.place(out), (1, 4))
         self.assertEqual(self.run_out(out, None, 2)[0], [0, 0])
         self.same_as_whole(out, 2)
@@ -2455,7 +2319,7 @@ class Runs(unittest.TestCase):
             sys.path[:0] = [{str(HERE)!r}]
             import test_all, evaluate, train
             if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                test_all.TRICKS["rank 1"](int(os.environ["RANK"]))
+                test_all.play("one killed", int(os.environ["RANK"]))
             evaluate.run(train.main)
         """))
         done = subprocess.run(
@@ -2491,90 +2355,108 @@ class Runs(unittest.TestCase):
         self.assertIn("out of memory; try a smaller --batch-size", err)
 
 
-def begin(place, arguments, trick=None, world=1, module="train"):
-    """A program in `world` processes of one thread that can be killed; what they print is in
-    PLACE/RANK.txt. `trick`, one of TRICKS, is played in each before it begins.
+def lines_of(printed):
+    """The lines that programs printed, without progress."""
+    return [line for line in printed.replace("\r", "\n").splitlines()
+            if line.strip() and not re.match(r"epoch|.*\d+%\|", line)]
 
-    They are forked from a server that has loaded PyTorch already.
+
+def refused(test, module, arguments, message):
+    """That a program prints one line, an error, and ends with status 2."""
+    status, out, err = program(module, *arguments)
+    with test.subTest(arguments=arguments):
+        test.assertEqual((status, out, len(lines_of(err))), (2, "", 1), err)
+        test.assertRegex(lines_of(err)[0], message)
+
+
+def launch(arguments, trick=None, world=1, module="train", kill_after=None):
+    """Runs a program in `world` processes of one thread: their exit statuses and printed lines.
+
+    The processes are forked from a server that has loaded PyTorch already. `trick`: a key of
+    TRICKS. `kill_after`: seconds until all processes are killed.
     """
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "torch._dynamo"])     # which optimizers import
-    children = []
-    for rank in range(world):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": store.port,
-                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True,
-                 } if world > 1 else {}
-        child = server.Process(target=child_main, args=(
-            module, [*map(str, arguments)], Path(place) / f"{rank}.txt", group, trick, os.getcwd()))
-        child.start()
-        child.store = store                     # it lives as long as they, as torchrun's does
-        children.append(child)
-    return children
+    # The store lives as long as the processes, as torchrun's does.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as place:
+        outputs = [Path(place, f"{rank}.txt") for rank in range(world)]
+        children = [server.Process(target=child_main, args=(
+            module, [*map(str, arguments)], output, trick, os.getcwd(),
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}))
+                    for rank, output in enumerate(outputs)]
+        for child in children:
+            child.start()
+        if kill_after:
+            time.sleep(kill_after)
+            for child in children:
+                child.kill()
+        for child in children:
+            child.join(60)
+        statuses = [child.exitcode for child in children]
+        for child in children:
+            child.kill()
+        if None in statuses:
+            raise AssertionError("a process hangs")
+        return statuses, lines_of("".join(output.read_text() for output in outputs))
 
 
-def child_main(module, arguments, output, group, trick, place):
+def child_main(module, arguments, output, trick, place, environment):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(place)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)        # of a loader, as in a real run
     evaluate.tqdm.set_lock(threading.RLock())       # the usual one outlives a killed process
-    os.environ.update({name: str(value) for name, value in group.items()})
-    module = sys.modules[module]
-    sys.argv = [module.__file__, *arguments]
     # What a run draws for itself is smaller here.
     draw = data.draw_shapes
-    data.draw_shapes = lambda place, **more: draw(place, Runs.SCENES, **more)
+    data.draw_shapes = lambda place, name: draw(place, Runs.SCENES, name=name)
     if trick:
-        TRICKS[trick](int(group.get("RANK", 0)))
+        play(trick, environment["RANK"])
+    module = sys.modules[module]
+    sys.argv = [module.__file__, *arguments]
     evaluate.run(module.main)
 
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def after(owner, name, action, when=1):
-    """Lets a function do its work, and `action` after it was called so often (or as `when` says of
-    its arguments)."""
-    function, count = getattr(owner, name), itertools.count(1)
+def play(trick, rank):
+    """Lets a function do its work, and something happen after one of its calls."""
+    ranks, owner, name, call, action, *arguments = TRICKS[trick]
+    function, calls = getattr(owner, name), itertools.count(1)
 
     def watched(*args, **kwargs):
         result = function(*args, **kwargs)
-        if when(*args) if callable(when) else next(count) == when:
-            action()
+        if next(calls) == call:
+            action(*arguments)
         return result
-    setattr(owner, name, watched)
+    if rank in ranks:
+        setattr(owner, name, watched)
 
 
-def after_step(number, action):
-    after(train.Trainer, "step", action, number)
+def send(*signals):
+    for number in signals:
+        signal.raise_signal(number)
 
 
-def die_within_saving(rank):
-    """After half of the checkpoint's bytes, the third time."""
-    whole, count = torch.save, itertools.count(1)
-
-    def half(checkpoint, file, **more):
-        if not isinstance(checkpoint, dict) or next(count) < 3:
-            return whole(checkpoint, file, **more)
-        buffer = io.BytesIO()
-        whole(checkpoint, buffer)
-        file.write(buffer.getvalue()[:len(buffer.getvalue()) // 2])
-        file.flush()
-        die()
-    torch.save = half
+def fill_disk():
+    """From now on a write beyond 100 kB of a file fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def tell_self(*numbers):
-    for number in numbers:
-        os.kill(os.getpid(), number)
+def die_in_next_write():
+    fill_disk()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)       # Python ignores it otherwise
 
 
-def broken_photo():
+def break_photo():
     raise data.DataError("photo 7 is broken")
+
+
+def spoil_loss():
+    loss.text_to_pixel_loss = lambda logits, masks: logits.sum() * math.nan
 
 
 def in_double():
@@ -2583,36 +2465,27 @@ def in_double():
     data.normalise = lambda images: normalise(images).double()
 
 
-def spoil(step):
-    """Makes the loss of a step not a number."""
-    loss_of, count = loss.text_to_pixel_loss, itertools.count(1)
-    loss.text_to_pixel_loss = lambda *args: loss_of(*args) * (
-        math.nan if next(count) == step else 1)
-
-
+ALL, SECOND = (0, 1), (1,)
+STEP = train.Trainer, "step"
+# In which processes, after which call of which function, what happens.
 TRICKS = {
-    "drawing": lambda rank: after(Image.Image, "save", die, 20),
-    "first step": lambda rank: after_step(1, die),
-    "saving": die_within_saving,
-    "last step": lambda rank: after(
-        train.Trainer, "step", die, lambda trainer, *_: trainer.progress.step == 6),
-    "validating": lambda rank: after(evaluate, "probabilities", die, 2),
-    "validated": lambda rank: after(evaluate, "metrics", die),
-    "best saved": lambda rank: after(
-        model, "save", die, lambda path, *_: path.name == "best.pt"),
-    "rank 1": lambda rank: rank == 1 and after_step(3, die),
-    "terminate": lambda rank: after_step(3, lambda: tell_self(signal.SIGTERM)),
-    "interrupt": lambda rank: after_step(3, lambda: tell_self(signal.SIGINT)),
-    "terminate at last": lambda rank: after_step(6, lambda: tell_self(signal.SIGTERM)),
-    "terminate one": lambda rank: rank == 1 and after_step(3, lambda: tell_self(signal.SIGTERM)),
-    "terminate twice": lambda rank: after_step(
-        3, lambda: tell_self(signal.SIGTERM, signal.SIGTERM)),
-    "fail at one": lambda rank: rank == 1 and after_step(3, broken_photo),
-    "full disk": lambda rank: after_step(5, lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, 100_000))),
-    "slow": lambda rank: after(train.Trainer, "step", lambda: time.sleep(0.1), lambda *_: True),
-    "double": lambda rank: in_double(),
-    "not finite": lambda rank: spoil(6),
+    "drawing": (ALL, Image.Image, "save", 20, send, signal.SIGKILL),
+    "first step": (ALL, *STEP, 1, send, signal.SIGKILL),
+    "saving": (ALL, *STEP, 5, die_in_next_write),
+    "last step": (ALL, *STEP, 2, send, signal.SIGKILL),         # of an epoch saved after step 4
+    "validating": (ALL, evaluate, "probabilities", 2, send, signal.SIGKILL),
+    "validated": (ALL, evaluate, "metrics", 1, send, signal.SIGKILL),
+    "best saved": (ALL, model, "save", 1, send, signal.SIGKILL),        # after the last step
+    "one killed": (SECOND, *STEP, 3, send, signal.SIGKILL),
+    "terminate": (ALL, *STEP, 3, send, signal.SIGTERM),
+    "interrupt": (ALL, *STEP, 3, send, signal.SIGINT),
+    "terminate at last": (ALL, *STEP, 6, send, signal.SIGTERM),
+    "terminate one": (SECOND, *STEP, 3, send, signal.SIGTERM),
+    "terminate twice": (ALL, *STEP, 3, send, signal.SIGTERM, signal.SIGTERM),
+    "fail at one": (SECOND, *STEP, 3, break_photo),
+    "full disk": (ALL, *STEP, 5, fill_disk),
+    "not finite": (ALL, *STEP, 5, spoil_loss),
+    "double": (ALL, train, "parse_arguments", 1, in_double),
 }
 
 
