@@ -1450,16 +1450,12 @@ class Released(unittest.TestCase):
             self.assertAlmostEqual(float(parameter.detach().std()), spread, delta=0.15 * spread,
                                    msg=theirs)
 
+    @mock.patch.dict(backbones.TEXT, t=backbones.TextShape(64, 6, 1, 64, 300, 77))
+    @mock.patch.dict(backbones.VISION, v=backbones.VisionShape(14, 128, 6, 2, 5, 4),
+                     c=backbones.VisionShape(16, 128, 6, 2, 3, 0, 64, "clip"))
     def test_files_are_read_as_they_are_and_refused_by_name(self):
         """Small models in files of the authors' form."""
         place = folder(self)
-        towers = {"v": backbones.VisionShape(14, 128, 6, 2, grid=5, registers=4),
-                  "c": backbones.VisionShape(16, 128, 6, 2, grid=3, embed=64, family="clip")}
-        text = backbones.TextShape(64, 6, 1, 64, 300, 77)
-        for patch in (mock.patch.dict(backbones.VISION, towers),
-                      mock.patch.dict(backbones.TEXT, t=text)):
-            patch.start()
-            self.addCleanup(patch.stop)
         for preset, fields, unused, some in (
                 ("detris-b", {"vision": "v", "features": (2, 4), "visual_adapter_rank": 32,
                               "visual_adapter_layers": (1, 3), "text_adapter_rank": 16,
@@ -1536,17 +1532,14 @@ class ClipTokenizer(unittest.TestCase):
                 self.assertEqual(self.tokenizer.encode(text), ids)
 
     def test_frame(self):
-        tokens = self.tokenizer(["the left cat", "cat " * 40], 8)
-        self.assertEqual(tokens.dtype, torch.int64)
-        self.assertEqual(tokens.tolist(), [[49406, 518, 1823, 2368, 49407, 0, 0, 0],
-                                           [49406, 2368, 2368, 2368, 2368, 2368, 2368, 49407]])
-        self.assertEqual(self.tokenizer.size, 49408)
-
-    def test_merges_txt_is_the_same(self):
         path = folder(self) / "merges.txt"
         path.write_text("\n".join(self.tokenizer.text.split("\n")[:data.MERGES + 1]))
-        texts = "a café, 2 dogs".split()
-        self.assertEqual(data.Tokenizer(path)(texts, 6).tolist(), self.tokenizer(texts, 6).tolist())
+        for tokenizer in (self.tokenizer, data.Tokenizer(path)):
+            tokens = tokenizer(["the left cat", "cat " * 40], 8)
+            self.assertEqual(tokens.dtype, torch.int64)
+            self.assertEqual(tokens.tolist(), [[49406, 518, 1823, 2368, 49407, 0, 0, 0],
+                                               [49406, 2368, 2368, 2368, 2368, 2368, 2368, 49407]])
+            self.assertEqual(tokenizer.size, 49408)
 
 
 class OwnTokenizer(unittest.TestCase):
@@ -1643,54 +1636,44 @@ class Refer(unittest.TestCase):
 
     def setUp(self):
         self.root = folder(self)
-        self.photos = self.root / "images" / "train2014"
-        self.photos.mkdir(parents=True)
-        (self.root / "refcoco").mkdir()
+        place = self.root / "images" / "train2014"
+        place.mkdir(parents=True)
+        self.photos = {i: place / f"COCO_train2014_{i:012d}.{'png' if i == 5 else 'jpg'}"
+                       for i in range(1, 6)}
         noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         exif = Image.Exif()
         exif[0x0112] = 6                        # "turn me by 90 degrees"
-        for i, mode in enumerate(("RGB", "L", "CMYK", "RGB", "P"), 1):
-            Image.fromarray(noise).convert(mode).save(
-                self.photos / self.photo(i), exif=exif if i == 4 else b"")
+        for (i, path), mode in zip(self.photos.items(), ("RGB", "L", "CMYK", "RGB", "P")):
+            Image.fromarray(noise).convert(mode).save(path, exif=exif if i == 4 else b"")
         stripe = np.zeros((60, 80), np.uint8)
         stripe[:, 7] = 1
-        self.truth = {              # annotation: expression, segmentation, photo
+        runs = data.run_lengths(stripe)
+        packed = data.pycocotools.mask.frPyObjects(runs, 60, 80)["counts"].decode()
+        truth = {                   # annotation: expression, segmentation, photo
             11: ("polygons", [[10, 10, 30, 10, 30, 40, 10, 40]], 1),
             12: ("two parts", [[0, 0, 10, 0, 10, 10, 0, 10], [50, 20, 60, 20, 60, 50, 50, 50]], 1),
-            13: ("uncompressed RLE", data.run_lengths(stripe), 2),
-            14: ("compressed RLE", self.compressed(stripe), 3),
+            13: ("uncompressed RLE", runs, 2),
+            14: ("compressed RLE", {"size": [60, 80], "counts": packed}, 3),
             15: ("turned photo", [[0, 0, 80, 0, 80, 20, 0, 20]], 4),
             16: ("one pixel wide", [[5, 0, 6, 0, 6, 60, 5, 60]], 5),
             17: ("a spare line in it", [[1, 1, 2, 2], [20, 20, 40, 20, 40, 40, 20, 40]], 2)}
         self.instances = {
-            "images": [{"id": i, "width": 80, "height": 60, "file_name": self.photo(i)}
-                       for i in range(1, 6)],
+            "images": [{"id": i, "width": 80, "height": 60, "file_name": path.name}
+                       for i, path in self.photos.items()],
             "annotations": [{"id": a, "image_id": i, "segmentation": s, "category_id": 1}
-                            for a, (_, s, i) in self.truth.items()],
-            "categories": [{"id": 1, "name": "thing"}]}
+                            for a, (_, s, i) in truth.items()]}
         self.refs = [{"ref_id": a + 100, "ann_id": a, "image_id": i, "category_id": 1,
                       "split": "val" if a == 17 else "train",
                       "file_name": f"COCO_train2014_{i:012d}_{a}.jpg",
-                      "sentences": [{"sent": text, "sent_id": a, "raw": text, "tokens": [text]}
-                                    for text in (name, "it")]}
-                     for a, (name, _, i) in self.truth.items()]
-        self.write("refcoco", "unc", self.refs)
+                      "sentences": [{"sent": text, "sent_id": a} for text in (name, "it")]}
+                     for a, (name, _, i) in truth.items()]
+        self.write("refcoco", "unc", pickle.dumps(self.refs, protocol=2))
         self.tokenizer = data.Tokenizer(b"#version: 0.2\n")
-
-    @staticmethod
-    def photo(i):
-        return f"COCO_train2014_{i:012d}.{'png' if i == 5 else 'jpg'}"
-
-    @staticmethod
-    def compressed(mask):
-        rle = data.pycocotools.mask.encode(np.asfortranarray(mask))
-        return {"size": rle["size"], "counts": rle["counts"].decode()}
 
     def write(self, name, split_by, refs):
         data.read_refs.cache_clear()
         (self.root / name).mkdir(exist_ok=True)
-        (self.root / name / f"refs({split_by}).p").write_bytes(
-            refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=2))
+        (self.root / name / f"refs({split_by}).p").write_bytes(refs)
         (self.root / name / "instances.json").write_text(json.dumps(self.instances))
 
     def read(self, name="refcoco", split="train", **options):
@@ -1702,28 +1685,25 @@ class Refer(unittest.TestCase):
         self.assertEqual(areas, {11: 600, 12: 400, 13: 60, 14: 60, 15: 1600, 16: 60, 17: 400})
 
     def test_photos_of_every_kind(self):
-        for i in range(1, 6):
-            photo = data.read_photo(self.photos / self.photo(i))
+        photos = {i: data.read_photo(path) for i, path in self.photos.items()}
+        for i, photo in photos.items():
             self.assertEqual((photo.mode, photo.size), ("RGB", (80, 60)), i)
-        turned, plain = (np.asarray(data.read_photo(self.photos / self.photo(i))).astype(int)
-                         for i in (4, 1))
+        turned, plain = (np.asarray(photos[i]).astype(int) for i in (4, 1))
         self.assertLess(np.abs(turned - plain).mean(), 1)           # EXIF is not applied
-        self.assertEqual(data.read_photo(self.photos / self.photo(4), upright=True).size, (60, 80))
+        self.assertEqual(data.read_photo(self.photos[4], upright=True).size, (60, 80))
 
     def test_samples_depend_on_seed_epoch_and_index_alone(self):
+        """In training. For evaluation, every expression comes once."""
         refs = self.read()
-        def samples(seed, epoch):
+        drawn = []
+        for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1)):
             dataset = data.TrainSet(refs, self.tokenizer, 64, 17, seed)
-            return [dataset[epoch, i] for i in range(6)]
-        sample = samples(0, 1)[0]
-        self.assertEqual((sample["image"].shape, sample["image"].dtype), ((3, 64, 64), torch.uint8))
-        self.assertEqual((sample["mask"].shape, sample["ref"]), ((1, 64, 64), "111"))
-        drawn = [[sample["tokens"].tolist() for sample in samples(seed, epoch)]
-                 for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))]
+            drawn.append([dataset[epoch, i]["tokens"].tolist() for i in range(6)])
         self.assertEqual([other == drawn[0] for other in drawn], [True, True, False, False])
-
-    def test_every_expression_is_evaluated_once(self):
-        expressions = data.ExpressionSet(self.read(), self.tokenizer, 64, 17)
+        image, mask, ref = (dataset[1, 0][key] for key in ("image", "mask", "ref"))
+        self.assertEqual((image.shape, image.dtype), ((3, 64, 64), torch.uint8))
+        self.assertEqual((mask.shape, ref), ((1, 64, 64), "111"))
+        expressions = data.ExpressionSet(refs, self.tokenizer, 64, 17)
         self.assertEqual([expressions[i]["index"] for i in range(len(expressions))],
                          list(range(12)))
         self.assertEqual(expressions[2]["mask"].shape, (60, 80))
@@ -1749,8 +1729,7 @@ class Refer(unittest.TestCase):
                 data.decode_mask(ref._replace(segmentation=segmentation))
 
     def test_broken_photos_are_refused_or_skipped(self):
-        path = self.photos / self.photo(1)
-        path.write_bytes(path.read_bytes()[:200])
+        self.photos[1].write_bytes(self.photos[1].read_bytes()[:200])
         for dataset, broken in ((data.TrainSet, (1, 0)), (data.ExpressionSet, 0)):
             with self.assertRaisesRegex(data.DataError, "1.jpg: cannot be read as an image"):
                 dataset(self.read(), self.tokenizer, 64, 17)[broken]
@@ -1761,18 +1740,18 @@ class Refer(unittest.TestCase):
 
     def test_mixed_leaves_out_photos_of_val_and_test(self):
         for name, split_by in (("refcoco+", "unc"), ("refcocog", "umd")):
-            self.write(name, split_by, [
+            self.write(name, split_by, pickle.dumps([
                 {**ref, "split": "test" if ref["image_id"] == 3 and name == "refcocog" else "train"}
-                for ref in self.refs])
+                for ref in self.refs]))
         clean = self.read("mixed")
         self.assertEqual({ref.image_id for ref in clean}, {1, 4, 5})      # 2 is val, 3 is test
         self.assertEqual(len(clean), 3 * 4)
         self.assertEqual(len(self.read("mixed", keep_leaks=True)), 6 + 7 + 6)
 
     def test_what_is_missing_is_said(self):
-        self.write("mine", "unc", self.refs)
+        self.write("mine", "unc", pickle.dumps(self.refs))
         self.assertEqual(len(self.read("mine")), 6)             # the only refs file
-        self.write("mine", "other", self.refs)
+        self.write("mine", "other", pickle.dumps(self.refs))
         self.assertEqual(len(self.read("mine-other")), 6)
         for name, split, message in (
                 ("mine", "train", "2 files .*mine-other, mine-unc"),
@@ -1780,7 +1759,7 @@ class Refer(unittest.TestCase):
                 ("refcoco", "testA", "no split 'testA'; found: train, val")):
             with self.assertRaisesRegex(data.DataError, message):
                 self.read(name, split)
-        shutil.rmtree(self.photos)
+        shutil.rmtree(self.photos[1].parent)
         data.read_refs.cache_clear()
         with self.assertRaisesRegex(data.DataError, "no images in any of .*train2014"):
             self.read()
@@ -1943,20 +1922,6 @@ class Drawn(unittest.TestCase):
             self.assertLessEqual(tokenizer.size, backbones.TEXT["small"].vocabulary)
             self.assertNotEqual(program(data, name, root)[0], 0)    # never drawn over
 
-    def test_the_same_seed_draws_the_same(self):
-        a, b, c = (data.draw_shapes(folder(self), {"train": 6, "val": 2}, seed)
-                   for seed in (0, 0, 1))
-        for name in ("instances.json", "refs(shapes).p", "images/shapes_val_000007.jpg"):
-            self.assertEqual((a / name).read_bytes(), (b / name).read_bytes())
-            self.assertNotEqual((a / name).read_bytes(), (c / name).read_bytes())
-
-    def test_an_interrupted_drawing_leaves_nothing(self):
-        root = folder(self)
-        with mock.patch.object(data, "learn_merges", side_effect=KeyboardInterrupt), \
-                self.assertRaises(KeyboardInterrupt):
-            data.draw_shapes(root, {"train": 1})
-        self.assertEqual(list(root.iterdir()), [])
-
 
 class Metrics(unittest.TestCase):
     def test_by_hand(self):
@@ -1974,15 +1939,14 @@ class Metrics(unittest.TestCase):
         self.assertTrue(torch.allclose(found[:, ::31, ::31], corners, atol=1e-6))
 
     def test_shared_batches_are_the_same_batches(self):
-        for batch, world, micro in ((8, 1, 8), (8, 2, 4), (8, 2, 2), (8, 4, 2)):
-            shares = [list(train.GlobalBatches(37, batch, micro, rank, world, seed=3))
+        whole = list(train.GlobalBatches(37, 8, 8, 0, 1, seed=3))
+        for world, micro in ((1, 8), (2, 4), (2, 2), (4, 2)):
+            shares = [list(train.GlobalBatches(37, 8, micro, rank, world, seed=3))
                       for rank in range(world)]
-            self.assertEqual({len(share) for share in shares}, {4 * batch // world // micro})
-            pieces = batch // world // micro
-            seen = [[place for share in shares for piece in share[i * pieces:(i + 1) * pieces]
-                     for place in piece] for i in range(4)]
-            whole = list(train.GlobalBatches(37, batch, batch, 0, 1, seed=3))
-            self.assertEqual(seen, whole)
+            pieces = 8 // world // micro            # of a share in each batch
+            self.assertEqual({len(share) for share in shares}, {4 * pieces})
+            self.assertEqual(whole, [sum((sum(share[i:i + pieces], []) for share in shares), [])
+                                     for i in range(0, 4 * pieces, pieces)])
 
 
 class Evaluating(unittest.TestCase):
@@ -2156,9 +2120,9 @@ class Runs(unittest.TestCase):
                 samples, batch_sampler=batches, num_workers=workers, multiprocessing_context=start,
                 worker_init_fn=train.leave_signals_to_parent if workers else None)
             for batch, places in zip(loader, batches, strict=True):
+                same = torch.utils.data.default_collate([samples[place] for place in places])
                 for key in ("image", "tokens", "mask"):
-                    self.assertTrue(torch.equal(batch[key], torch.stack([samples[p][key]
-                                                                         for p in places])))
+                    self.assertTrue(torch.equal(batch[key], same[key]))
 
     def test_two_processes_take_the_steps_of_one(self):
         """In double precision, where rounding cannot hide a mistake (Adam amplifies it)."""
@@ -2176,20 +2140,21 @@ class Runs(unittest.TestCase):
         self.assertNotEqual(self.log("seed")[0]["loss"], self.log("whole1")[0]["loss"])
 
     def test_barleria_on_mixed_data_in_bfloat16(self):
-        """The three data sets of `mixed` as copies of the drawn one."""
-        place = folder(self)
-        drawn = data.draw_shapes(place, {"train": 8, "val": 2, "test": 1})
+        """The three data sets of `mixed` as copies of the drawn one. The folder is the default."""
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder(self))
+        drawn = data.draw_shapes("data", {"train": 8, "val": 2, "test": 1})
         for name, split_by in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
-            shutil.copytree(drawn, place / name)
-            (place / name / "refs(shapes).p").rename(place / name / f"refs({split_by}).p")
+            shutil.copytree(drawn, f"data/{name}")
+            Path("data", name, "refs(shapes).p").rename(f"data/{name}/refs({split_by}).p")
         status, _, err = program(
-            train, *SMALL_RUN, "--preset", "shapes-barleria", "--data", place, "--dataset", "mixed",
-            "--vocabulary", place / "refcoco" / "merges.txt", "--out", place / "run",
-            "--epochs", 1, "--micro-batch", 4, "--precision", "bf16")
+            train, *SMALL_RUN, "--preset", "shapes-barleria", "--dataset", "mixed", "--vocabulary",
+            "data/refcoco/merges.txt", "--epochs", 1, "--micro-batch", 4, "--precision", "bf16")
         self.assertEqual(status, 0, err)
-        config = model.read_checkpoint(place / "run" / "best.pt")["config"]
+        run = Path.cwd() / "runs" / "shapes-barleria"
+        config = model.read_checkpoint(run / "best.pt")["config"]
         self.assertEqual((config.method, config.length), ("barleria", 22))
-        self.assertLess(self.log(place / "run")[0]["loss"], 0.7)
+        self.assertLess(self.log(run)[0]["loss"], 0.7)
 
     def test_towers_are_carried_to_another_domain(self):
         place, best = folder(self), self.root / "whole1" / "best.pt"
@@ -2220,13 +2185,9 @@ class Runs(unittest.TestCase):
     def test_bad_input_gets_one_line_and_status_2(self):
         place = folder(self)
         (place / "file").write_text("x")
-        best, last = ((self.root / "whole1" / name).read_bytes() for name in ("best.pt", "last.pt"))
-        middle = len(last) // 2
-        flipped = last[:middle] + bytes([last[middle] ^ 1]) + last[middle + 1:]
-        for name, content in (("other", last), ("best", best), ("cut", last[:4000]),
-                              ("flipped", flipped)):
+        for name in ("best", "last"):
             (place / name).mkdir()
-            (place / name / "last.pt").write_bytes(content)
+            shutil.copy(self.root / "whole1" / f"{name}.pt", place / name / "last.pt")
         for arguments, message in (
                 (["--preset", "cats"], "argument --preset: invalid choice: 'cats'"),
                 (["--preset", "dcris-b"], "needs --dataset"),
@@ -2239,11 +2200,9 @@ class Runs(unittest.TestCase):
                 (["--micro-batch", "5"], "micro-batches of 5; change"),
                 (["--batch-size", "9999"], "only .* refs"),
                 (["--out", place / "file"], "file"),
-                (["--out", place / "other", "--lr", 1, "--seed", 1],
+                (["--out", place / "last", "--lr", 1, "--seed", 1],
                  "another run: lr 0.001 there, 1.0 here; seed 0 there, 1 here; --out DIR"),
-                (["--out", place / "best"], "not this run's last.pt"),
-                (["--out", place / "cut"], "cut/last.pt: "),
-                (["--out", place / "flipped"], "flipped/last.pt: ")):
+                (["--out", place / "best"], "not this run's last.pt")):
             refused(self, train, [*self.command, "--out", place / "o", *arguments], message)
 
     def test_the_folder_is_the_run(self):
@@ -2252,13 +2211,10 @@ class Runs(unittest.TestCase):
         self.assertEqual((statuses, len(lines)), ([0], 1), lines)
         self.assertRegex(lines[0], "whole1: finished after epoch 2, .*; --out DIR starts another")
         self.assertEqual((self.root / "whole1" / "last.pt").read_bytes(), before)
-        # No two runs write to one folder. The default is runs/PRESET.
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(folder(self))
-        train.lock_folder(Path("runs/shapes"))
-        statuses, lines = launch(self.command)
+        train.lock_folder(self.root / "locked")         # no two runs write to one folder
+        statuses, lines = self.run_out("locked")
         self.assertEqual((statuses, len(lines)), ([2], 1), lines)
-        self.assertRegex(lines[0], "runs/shapes: another run is writing there")
+        self.assertRegex(lines[0], "locked: another run is writing there")
 
     def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
         for world, tricks in ((1, ("drawing", "first step", "saving", "last step", "validating",
@@ -2281,51 +2237,40 @@ class Runs(unittest.TestCase):
             self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
             self.same_as_whole(out, world)
 
-    def test_a_signal_ends_the_run_after_the_step_and_saves_it(self):
-        for trick, status, world, place in (
-                ("terminate", 143, 1, (1, 3)), ("interrupt", 130, 1, (1, 3)),
-                ("terminate one", 143, 2, (1, 3)), ("terminate at last", 143, 1, (1, 6)),
-                ("terminate twice", -signal.SIGTERM, 1, (1, 2))):       # at once, unsaved
-            statuses, lines = self.run_out(trick, trick, world, "--workers", 2 - world)
-            self.assertEqual((statuses, lines), ([status] * world, []), trick)
+    def test_a_disturbed_run_says_why_and_goes_on(self):
+        """A signal ends it after the step, and saves it. Where one process fails, none hangs."""
+        signals = [(trick, statuses, "", place) for trick, statuses, place in (
+            ("terminate", [143], (1, 3)), ("interrupt", [130], (1, 3)),
+            ("terminate one", [143, 143], (1, 3)), ("terminate at last", [143], (1, 6)),
+            ("terminate twice", [-signal.SIGTERM], (1, 2)))]            # at once, unsaved
+        for trick, statuses, said, place in (
+                *signals, ("fail at one", [1, 2], ".*photo 7: cannot be read.*", (1, 2)),
+                ("one killed", [1, -signal.SIGKILL], ".*lost another process.*", (1, 2)),
+                ("full disk", [2, 1], ".*last.pt: could not be written: File too large", (1, 4)),
+                ("not finite", [2, 2], r".*the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
+                                       r"last.pt, if saved, is from before; try a lower --lr.*",
+                 (1, 4))):
+            world = len(statuses)
+            found, lines = self.run_out(trick, trick, world, "--workers", 2 - world)
+            self.assertEqual(found, statuses, (trick, lines))
+            self.assertRegex("\n".join(lines), rf"\A{said}\Z")
             self.assertEqual(self.place(trick), place, trick)
-        for out, world in (("terminate", 1), ("terminate one", 2)):
+        for out, world in (("terminate", 1), ("terminate one", 2), ("not finite", 2)):
             self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
             self.same_as_whole(out, world)
 
-    def test_one_says_why_and_none_hangs(self):
-        """Afterwards the run can go on: what was saved is whole."""
-        for trick, more, status, message in (
-                ("image size", ["--image-size", "65"], 2, "image_size 65"),
-                ("vocabulary", ["--vocabulary", self.root / "none"], 2, "none"),
-                ("fail at one", [], 2, "photo 7 is broken"),
-                ("one killed", [], 1, "lost another process"),
-                ("full disk", [], 2, "last.pt: could not be written: File too large"),
-                ("not finite", [], 2, r"the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
-                                      r"last.pt, if saved, is from before; try a lower --lr")):
-            statuses, lines = self.run_out(trick, None if more else trick, 2, *more)
-            self.assertEqual(len(lines), 1, lines)
-            self.assertRegex(lines[0], message)
-            self.assertIn(status, statuses)
-        for out in ("full disk", "not finite"):
-            self.assertEqual(self.place(out), (1, 4))
-        self.assertEqual(self.run_out(out, None, 2)[0], [0, 0])
-        self.same_as_whole(out, 2)
-
     def test_restarted_by_torchrun(self):
-        script = self.root / "restarted.py"
-        script.write_text(textwrap.dedent(f"""
-            import os, sys
-            sys.path[:0] = [{str(HERE)!r}]
-            import test_all, evaluate, train
+        code = textwrap.dedent("""
+            import os, test_all, evaluate, train
             if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 test_all.play("one killed", int(os.environ["RANK"]))
             evaluate.run(train.main)
-        """))
+        """)
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--max-restarts=1", script, *map(str, self.command), "--out", self.root / "again"],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+             "--max-restarts=1", "--no-python", sys.executable, "-c", code,
+             *map(str, self.command), "--out", self.root / "again"], cwd=HERE, timeout=120,
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stderr.count("lost another process"), 1)
         self.same_as_whole("again", 2)
@@ -2341,11 +2286,6 @@ class Runs(unittest.TestCase):
         # A linear layer of the vision tower alone: 67 tokens, 96 to 384 channels, four blocks.
         self.assertGreater(found["forward_gflop_per_image"], 4 * 2e-9 * 67 * 96 * 384)
         self.assertLess(found["forward_gflop_per_image"], found["step_gflop_per_image"] / 2)
-        for name in ("forward", "step"):
-            rate = found[f"{name}_images_per_s"]
-            self.assertAlmostEqual(found[f"{name}_seconds_per_image"] * rate, 1)
-            self.assertAlmostEqual(found[f"{name}_gflop_per_image"] * rate,
-                                   found[f"{name}_gflops"])
         for name, value in found.items():
             self.assertIn(f"| {name} | {f'{value:.4g}' if type(value) is float else value} |", out)
         self.assertGreater(found["loader_images_per_s"], 30)
@@ -2382,7 +2322,7 @@ def launch(arguments, trick=None, world=1, module="train", kill_after=None):
     with tempfile.TemporaryDirectory() as place:
         outputs = [Path(place, f"{rank}.txt") for rank in range(world)]
         children = [server.Process(target=child_main, args=(
-            module, [*map(str, arguments)], output, trick, os.getcwd(),
+            module, [*map(str, arguments)], output, trick,
             {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}))
                     for rank, output in enumerate(outputs)]
@@ -2402,11 +2342,10 @@ def launch(arguments, trick=None, world=1, module="train", kill_after=None):
         return statuses, lines_of("".join(output.read_text() for output in outputs))
 
 
-def child_main(module, arguments, output, trick, place, environment):
+def child_main(module, arguments, output, trick, environment):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.chdir(place)
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)        # of a loader, as in a real run
@@ -2440,23 +2379,11 @@ def send(*signals):
         signal.raise_signal(number)
 
 
-def fill_disk():
-    """From now on a write beyond 100 kB of a file fails."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
 def die_in_next_write():
-    fill_disk()
+    """At 100 kB of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)       # Python ignores it otherwise
-
-
-def break_photo():
-    raise data.DataError("photo 7 is broken")
-
-
-def spoil_loss():
-    loss.text_to_pixel_loss = lambda logits, masks: logits.sum() * math.nan
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)       # Python ignores it, and the write fails
 
 
 def in_double():
@@ -2482,29 +2409,28 @@ TRICKS = {
     "terminate at last": (ALL, *STEP, 6, send, signal.SIGTERM),
     "terminate one": (SECOND, *STEP, 3, send, signal.SIGTERM),
     "terminate twice": (ALL, *STEP, 3, send, signal.SIGTERM, signal.SIGTERM),
-    "fail at one": (SECOND, *STEP, 3, break_photo),
-    "full disk": (ALL, *STEP, 5, fill_disk),
-    "not finite": (ALL, *STEP, 5, spoil_loss),
+    "fail at one": (SECOND, *STEP, 3, data.read_photo, "photo 7"),
+    "full disk": (ALL, *STEP, 5, resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    "not finite": (ALL, *STEP, 5, setattr, loss, "text_to_pixel_loss",
+                   lambda logits, masks: logits.sum() * math.nan),
     "double": (ALL, train, "parse_arguments", 1, in_double),
 }
 
 
 class TimedResult(unittest.TextTestResult):
     """Prints the ten slowest tests at the end."""
-    seconds = {}
-
-    def startTest(self, test):
-        self.seconds[test] = time.monotonic()
-        super().startTest(test)
+    times, last = [], time.monotonic()
 
     def stopTest(self, test):
-        self.seconds[test] = time.monotonic() - self.seconds[test]
         super().stopTest(test)
+        now = time.monotonic()
+        self.times.append((now - self.last, test.id()))
+        self.last = now
 
     def printErrors(self):
         super().printErrors()
-        for test in sorted(self.seconds, key=self.seconds.get)[:-11:-1]:
-            self.stream.writeln(f"{self.seconds[test]:6.1f} s  {test.id()}")
+        for seconds, name in sorted(self.times)[:-11:-1]:
+            self.stream.writeln(f"{seconds:6.1f} s  {name}")
 
 
 if __name__ == "__main__":
