@@ -1667,13 +1667,14 @@ class Refer(unittest.TestCase):
                       "file_name": f"COCO_train2014_{i:012d}_{a}.jpg",
                       "sentences": [{"sent": text, "sent_id": a} for text in (name, "it")]}
                      for a, (name, _, i) in truth.items()]
-        self.write("refcoco", "unc", pickle.dumps(self.refs, protocol=2))
+        self.write("refcoco", "unc", self.refs)
         self.tokenizer = data.Tokenizer(b"#version: 0.2\n")
 
     def write(self, name, split_by, refs):
         data.read_refs.cache_clear()
         (self.root / name).mkdir(exist_ok=True)
-        (self.root / name / f"refs({split_by}).p").write_bytes(refs)
+        (self.root / name / f"refs({split_by}).p").write_bytes(
+            refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=2))
         (self.root / name / "instances.json").write_text(json.dumps(self.instances))
 
     def read(self, name="refcoco", split="train", **options):
@@ -1717,22 +1718,92 @@ class Refer(unittest.TestCase):
         ref, = self.read()
         self.assertEqual((ref.id, ref.sentences), (1, ("café",)))
 
-    def test_broken_masks_are_refused(self):
-        ref = self.read()[0]
-        for segmentation in (
-                [[1, 1, 2, 2]], [[math.nan] * 6], [[-9, -9, -5, -9, -5, -5]],
-                [[4e8, 4e8, -4e8, -4e8, 4e8, 0]], {"size": [60, 80]},
-                {"size": [80, 60], "counts": [4800]}, {"size": [60, 80], "counts": [100, 9000]},
-                {"size": [60, 80], "counts": "zzzzzz~~" * 9}):
-            with self.subTest(segmentation), self.assertRaisesRegex(
-                    data.DataError, "ref 111 of .*unusable segmentation"):
-                data.decode_mask(ref._replace(segmentation=segmentation))
+    def read_all(self, skip_broken):
+        """Reads all of train, and a training sample: how many entries were left out."""
+        data.read_refs.cache_clear()
+        refs, left_out = data.read_split(self.root, "refcoco", "train", skip_broken)
+        samples = data.ExpressionSet(refs, self.tokenizer, 64, 17, skip_broken)
+        data.TrainSet(refs, self.tokenizer, 64, 17, 0, skip_broken)[1, 0]
+        return left_out + sum(samples[i] is None for i in range(len(samples)))
 
-    def test_broken_photos_are_refused_or_skipped(self):
+    def test_broken_data_sets(self):
+        """One line says what is wrong. --skip-broken leaves out an entry, but not a whole file."""
+        files = refs, coco = [self.root / "refcoco" / name
+                              for name in ("refs(unc).p", "instances.json")]
+        ref, image, mask = self.refs[0], *(self.instances[key][0]
+                                           for key in ("images", "annotations"))
+        photo, deep = self.photos[1], io.BytesIO()
+        Image.new("F", (80, 60)).save(deep, "TIFF")
+        whole = {path: path.read_bytes() for path in (*files, photo)}
+        for where, change, message in (
+                (refs, pickle.dumps([Harm(self.root / "h")]), r"asks for \w+.mkdir, which could"),
+                (refs, whole[refs][:-50], r"refs\(unc\).p: cannot be read"),
+                (refs, pickle.dumps(7), "cannot be read"),
+                (coco, whole[coco][:99], "instances.json: cannot be read"),
+                (coco, b'{"annotations": []}', "no 'images'"),
+                (ref, {"ann_id": 10**30}, "entry 0: .*annotation 10+ is not in"),
+                (ref, {"image_id": [1]}, "entry .*unhashable"),
+                (ref, {"sentences": []}, "an expression is empty"),
+                (ref, {"sentences": [{"sent": " &nbsp; "}]}, "an expression is empty"),
+                (ref, {"sentences": [{"tokens": []}]}, "no 'sent'"),
+                (image, {"file_name": "\x1b[2J"}, r"no image folder holds \?\[2J"),
+                (image, {"width": 81}, "pixels, but instances.json says 81x"),
+                (mask, {"segmentation": None}, "has no mask"),
+                *((mask, {"segmentation": wrong}, "ref 111 of .*unusable segmentation") for wrong in (
+                    [[1, 1, 2, 2]], [[math.nan] * 6], [[-9, -9, -5, -9, -5, -5]],
+                    [[4e8, 4e8, -4e8, -4e8, 4e8, 0]], {"size": [60, 80]},
+                    {"size": [80, 60], "counts": [4800]}, {"size": [60, 80], "counts": [9, 9000]},
+                    {"size": [60, 80], "counts": "zzzzzz~~" * 9})),
+                (photo, whole[photo][:400], "1.jpg: cannot be read as an image"),
+                (photo, deep.getvalue(), "more than 8 bits"),
+                (photo, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
+                 "cannot be read as an image")):
+            with self.subTest(message=message, change=change):
+                if isinstance(where, dict):
+                    with mock.patch.dict(where, change):
+                        self.write("refcoco", "unc", self.refs)
+                else:
+                    where.write_bytes(change)
+                with self.assertRaisesRegex(data.DataError, rf"\A.*{message}.*\Z"):
+                    self.read_all(skip_broken=False)
+                if where in files:
+                    with self.assertRaises(data.DataError):
+                        self.read_all(skip_broken=True)
+                else:
+                    self.assertGreaterEqual(self.read_all(skip_broken=True), 1)
+                for path, content in whole.items():
+                    path.write_bytes(content)
+        self.assertFalse((self.root / "h").exists())
+
+    def test_odd_texts_are_read(self):
+        for text in ("\x00\x1b[2J\x07", "\u202eהחתול השמאלי\u202c", "cat \ud800", "a word " * 999):
+            self.refs[0]["sentences"] = [{"sent": text}]
+            self.write("refcoco", "unc", self.refs)
+            self.assertEqual(self.read_all(skip_broken=False), 0)
+
+    @unittest.skipUnless(MANY, "changes bytes at random; MANY=1 runs it")
+    def test_mutated_files(self):
+        """A few changed bytes: each file is read, or refused with the documented error."""
+        chance, refused = random.Random(0), 0
+        paths = [*(self.root / "refcoco").iterdir(), self.photos[1]]
+        for path in 120 * MANY * paths:
+            whole = path.read_bytes()
+            content = bytearray(whole)
+            for _ in range(chance.randint(1, 4)):
+                start = chance.randrange(len(content))
+                old, new = chance.choice(((1, 1), (1, 0), (8, 8), (8, 0), (0, 8)))
+                content[start:start + old] = chance.randbytes(new)
+            path.write_bytes(content)
+            try:
+                self.read_all(skip_broken=False)
+            except data.DataError as error:
+                self.assertNotIn("\n", str(error))
+                refused += 1
+            path.write_bytes(whole)
+        self.assertGreater(refused, 50 * MANY)
+
+    def test_broken_photos_are_skipped(self):
         self.photos[1].write_bytes(self.photos[1].read_bytes()[:200])
-        for dataset, broken in ((data.TrainSet, (1, 0)), (data.ExpressionSet, 0)):
-            with self.assertRaisesRegex(data.DataError, "1.jpg: cannot be read as an image"):
-                dataset(self.read(), self.tokenizer, 64, 17)[broken]
         train_set, expressions = (dataset(self.read(), self.tokenizer, 64, 17, skip_broken=True)
                                   for dataset in (data.TrainSet, data.ExpressionSet))
         self.assertEqual([train_set[1, i]["skipped"] for i in range(4)], [2, 1, 0, 0])
@@ -1740,18 +1811,18 @@ class Refer(unittest.TestCase):
 
     def test_mixed_leaves_out_photos_of_val_and_test(self):
         for name, split_by in (("refcoco+", "unc"), ("refcocog", "umd")):
-            self.write(name, split_by, pickle.dumps([
+            self.write(name, split_by, [
                 {**ref, "split": "test" if ref["image_id"] == 3 and name == "refcocog" else "train"}
-                for ref in self.refs]))
+                for ref in self.refs])
         clean = self.read("mixed")
         self.assertEqual({ref.image_id for ref in clean}, {1, 4, 5})      # 2 is val, 3 is test
         self.assertEqual(len(clean), 3 * 4)
         self.assertEqual(len(self.read("mixed", keep_leaks=True)), 6 + 7 + 6)
 
     def test_what_is_missing_is_said(self):
-        self.write("mine", "unc", pickle.dumps(self.refs))
+        self.write("mine", "unc", self.refs)
         self.assertEqual(len(self.read("mine")), 6)             # the only refs file
-        self.write("mine", "other", pickle.dumps(self.refs))
+        self.write("mine", "other", self.refs)
         self.assertEqual(len(self.read("mine-other")), 6)
         for name, split, message in (
                 ("mine", "train", "2 files .*mine-other, mine-unc"),
@@ -1771,98 +1842,8 @@ class Refer(unittest.TestCase):
 
 
 class Hostile(unittest.TestCase):
-    """Files that are damaged, or that somebody made to do harm."""
-
-    def setUp(self):
-        self.root = folder(self)
-        self.home = data.draw_shapes(self.root, {"train": 6, "val": 3})
-        self.paths = {"refs": self.home / "refs(shapes).p", "json": self.home / "instances.json",
-                      "photo": next((self.home / "images").glob("*val*")),
-                      "merges": self.home / "merges.txt"}
-        self.whole = {which: path.read_bytes() for which, path in self.paths.items()}
-
-    def read_all(self, skip):
-        """Reads every expression and a training sample: how many entries were left out."""
-        data.read_refs.cache_clear()
-        tokenizer = data.Tokenizer(self.paths["merges"])
-        for split in ("train", "val"):
-            refs, left_out = data.read_split(self.root, "shapes", split, skip)
-            samples = data.ExpressionSet(refs, tokenizer, 64, 17, skip)
-            left_out += sum(samples[i] is None for i in range(len(samples)))
-            data.TrainSet(refs, tokenizer, 64, 17, 0, skip)[1, 0]
-        return left_out
-
-    def spoil(self, which, change):
-        """Writes all files anew: one with other bytes, or with another entry of the last ref."""
-        whole = {**self.whole, which: change}
-        if isinstance(change, dict):
-            refs, coco = pickle.loads(self.whole["refs"]), json.loads(self.whole["json"])
-            ref = refs[-1]
-            {"ref": ref, "image": coco["images"][ref["image_id"] - 1],
-             "mask": coco["annotations"][ref["ann_id"] - 1]}[which].update(change)
-            whole = {**self.whole, "refs": pickle.dumps(refs), "json": json.dumps(coco).encode()}
-        for which, path in self.paths.items():
-            path.write_bytes(whole[which])
-
-    def test_data_sets(self):
-        """One line says what is wrong. --skip-broken leaves out an entry, but not a whole file."""
-        deep = io.BytesIO()
-        Image.new("F", (64, 64)).save(deep, "TIFF")
-        for which, change, message in (
-                ("refs", pickle.dumps([Harm(self.root / "h")]), r"asks for \w+.mkdir, which could"),
-                ("refs", self.whole["refs"][:-50], r"refs\(shapes\).p: cannot be read"),
-                ("refs", pickle.dumps(7), "cannot be read"),
-                ("json", self.whole["json"][:99], "instances.json: cannot be read"),
-                ("json", b'{"annotations": []}', "no 'images'"),
-                ("ref", {"ann_id": 10**30}, "entry [0-9]+: .*annotation 10+ is not in"),
-                ("ref", {"image_id": [1]}, "entry .*unhashable"),
-                ("ref", {"sentences": []}, "an expression is empty"),
-                ("ref", {"sentences": [{"sent": " &nbsp; "}]}, "an expression is empty"),
-                ("ref", {"sentences": [{"tokens": []}]}, "no 'sent'"),
-                ("image", {"file_name": "\x1b[2J"}, r"no image folder holds \?\[2J"),
-                ("image", {"width": 65}, "pixels, but instances.json says 65x"),
-                ("mask", {"segmentation": None}, "has no mask"),
-                ("mask", {"segmentation": {"size": [10**6, 10**6], "counts": "04"}}, "of size"),
-                ("photo", self.whole["photo"][:400], "cannot be read as an image"),
-                ("photo", deep.getvalue(), "more than 8 bits"),
-                ("photo", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
-                 "cannot be read as an image")):
-            with self.subTest(which=which, message=message):
-                self.spoil(which, change)
-                with self.assertRaisesRegex(data.DataError, rf"\A.*{message}.*\Z"):
-                    self.read_all(skip=False)
-                if which in ("refs", "json"):
-                    with self.assertRaises(data.DataError):
-                        self.read_all(skip=True)
-                else:
-                    self.assertGreaterEqual(self.read_all(skip=True), 1)
-        self.assertFalse((self.root / "h").exists())
-
-    def test_odd_texts_are_read(self):
-        for text in ("\x00\x1b[2J\x07", "\u202eהחתול השמאלי\u202c", "cat \ud800", "a word " * 999):
-            self.spoil("ref", {"sentences": [{"sent": text}]})
-            self.assertEqual(self.read_all(skip=False), 0)
-
-    @unittest.skipUnless(MANY, "changes bytes at random; MANY=1 runs it")
-    def test_mutated_files(self):
-        """A few changed bytes: each file is read, or refused with the documented error."""
-        chance, refused = random.Random(0), 0
-        for which in 120 * MANY * list(self.paths):
-            content = bytearray(self.whole[which])
-            for _ in range(chance.randint(1, 4)):
-                start = chance.randrange(len(content))
-                old, new = chance.choice(((1, 1), (1, 0), (8, 8), (8, 0), (0, 8)))
-                content[start:start + old] = chance.randbytes(new)
-            self.spoil(which, bytes(content))
-            try:
-                self.read_all(skip=False)
-            except data.DataError as error:
-                self.assertNotIn("\n", str(error))
-                refused += 1
-        self.assertGreater(refused, 50 * MANY)
-
     def test_weight_files(self):
-        path, harm = self.root / "w.pt", Harm(self.root / "h")
+        path, harm = folder(self) / "w.pt", Harm(folder(self) / "h")
         for content in ({"state_dict": harm}, pickle.dumps(harm), b"", [1],
                         {"state_dict": {"module.a": 5}}):
             path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -1870,7 +1851,7 @@ class Hostile(unittest.TestCase):
                 with self.subTest(content=content, read=read), self.assertRaisesRegex(
                         (model.WeightsError, model.ConfigError), r"\A.+\Z"):
                     read(path)
-        self.assertFalse((self.root / "h").exists())
+        self.assertFalse(Path(harm.path).exists())
 
 
 class Drawn(unittest.TestCase):
@@ -2045,11 +2026,6 @@ class Runs(unittest.TestCase):
 
     def tensors(self, out, name="last.pt"):
         return model.read_checkpoint(self.root / out / name)["tensors"]
-
-    def place(self, out):
-        """Epoch and step at which a run was saved."""
-        progress = model.read_checkpoint(self.root / out / "last.pt")["progress"]
-        return progress["epoch"], progress["step"]
 
     def same_as_whole(self, out, world):
         """That a run left the files of the undisturbed one, bit for bit but for the times."""
@@ -2254,7 +2230,8 @@ class Runs(unittest.TestCase):
             found, lines = self.run_out(trick, trick, world, "--workers", 2 - world)
             self.assertEqual(found, statuses, (trick, lines))
             self.assertRegex("\n".join(lines), rf"\A{said}\Z")
-            self.assertEqual(self.place(trick), place, trick)
+            progress = model.read_checkpoint(self.root / trick / "last.pt")["progress"]
+            self.assertEqual((progress["epoch"], progress["step"]), place, trick)
         for out, world in (("terminate", 1), ("terminate one", 2), ("not finite", 2)):
             self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
             self.same_as_whole(out, world)
