@@ -1393,30 +1393,23 @@ def recorded_weight(name, shape):
 class Released(unittest.TestCase):
     """Checkpoints of the authors' programs, DETRIS and ETRIS."""
 
-    @staticmethod
-    def recorded(name):
-        with torch.device("meta"):
-            net = model.build(name, **{"etris": {"bridge_width": 64}}.get(name, {}))
-        state = {key: recorded_weight(key, shape) for key, shape in released_shapes(net).items()}
-        net = model.load_released("recorded", state)
-        size, length = net.config.image_size, net.config.length
-        generator = torch.Generator().manual_seed(7)
-        images = torch.randn(2, 3, size, size, generator=generator)
-        tokens = torch.zeros(2, length, dtype=torch.int64)
-        for row, count in zip(tokens, (3, 7)):
-            row[:count + 2] = torch.tensor([49406, *torch.randint(
-                1, 49000, (count,), generator=generator), 49407])
-        return net, images, tokens
-
     def test_logits_are_those_of_the_authors_programs(self):
         for name, (spread, logits) in RECORDED.items():
-            net, images, tokens = self.recorded(name)
+            with torch.device("meta"):
+                net = model.build(name, **{"etris": {"bridge_width": 64}}.get(name, {}))
+            net = model.load_released("recorded", {
+                key: recorded_weight(key, shape) for key, shape in released_shapes(net).items()})
+            size, generator = net.config.image_size, torch.Generator().manual_seed(7)
+            images = torch.randn(2, 3, size, size, generator=generator)
+            tokens = torch.zeros(2, net.config.length, dtype=torch.int64)
+            for row, count in zip(tokens, (3, 7)):
+                words = torch.randint(1, 49000, (count,), generator=generator)
+                row[:count + 2] = torch.tensor([49406, *words, 49407])
             with torch.inference_mode():
                 found = net(images, tokens)[:, 0]
             side = found.shape[-1]
             found = found[:, [0, side // 3, side - 1]][..., [1, side // 2, side - 2]].flatten()
-            worst = (found - torch.tensor(logits)).abs().max()
-            self.assertLess(worst, 1e-4 * spread, name)
+            self.assertLess((found - torch.tensor(logits)).abs().max(), 1e-4 * spread, name)
             if name == "detris-b":
                 self.one_step(net, images, tokens)
 
@@ -1461,14 +1454,11 @@ class Released(unittest.TestCase):
                               "visual_adapter_layers": (1, 3), "text_adapter_rank": 16,
                               "text_adapter_layers": (1, 2, 5)}, ["txt_backbone.visual.proj"],
                  ["dinov2.blocks.3.adapter.dense_branch2.1.bn.running_var",
-                  "dinov2.blocks.1.adapter.cross.multihead_attn.in_proj_weight",
                   "txt_backbone.transformer.resblocks.5.adapter.D_fc2.bias",
-                  "decoder.layers.1.ffn.4.weight", "proj.vis.3.1.weight"]),
+                  "proj.vis.3.1.weight"]),
                 ("etris", {"vision": "c", "features": (1, 3), "bridge_width": 16}, [],
-                 ["bridger.zoom_out.2.0.weight", "bridger.ln_t.1.weight",
-                  "bridger.fusion_t.0.multihead_attn.out_proj.weight",
-                  "backbone.visual.positional_embedding",
-                  "neck.f5_proj.1.running_mean", "neck.coordconv.0.conv1.0.weight"])):
+                 ["bridger.zoom_out.2.0.weight", "backbone.visual.positional_embedding",
+                  "neck.f5_proj.1.running_mean"])):
             net = model.build(preset, text="t", head_width=64, head_layers=2, **fields)
             shapes = {**released_shapes(net), **dict.fromkeys(unused, (3, 3))}
             state = {f"module.{name}": recorded_weight(name, shape)
@@ -1580,11 +1570,10 @@ OPENCV = [
 
 class Letterbox(unittest.TestCase):
     def test_a_mask_survives_the_way_there_and_back(self):
-        for width, height in ((640, 480), (480, 640), (1000, 200), (150, 900), (448, 448), (40, 30),
-                              (33, 57), (2000, 1333)):
+        for width, height in ((640, 480), (1000, 200), (150, 900), (33, 57), (2000, 1333)):
             y, x = np.mgrid[:height, :width]
-            mask = ((x / width - 0.55) ** 2 + (y / height - 0.45) ** 2 < 0.09) | (
-                (x < width * 0.2) & (y > height * 0.7))
+            x, y = x / width, y / height
+            mask = (np.hypot(x - 0.55, y - 0.45) < 0.3) | ((x < 0.2) & (y > 0.7))
             square = data.letterbox_mask(torch.from_numpy(mask * np.uint8(255)), 448)
             self.assertEqual((square.shape, square.dtype), ((1, 448, 448), torch.uint8))
             back = data.unletterbox(square[0] / 255, width, height).numpy() > 0.5
@@ -1592,15 +1581,13 @@ class Letterbox(unittest.TestCase):
 
     def test_borders(self):
         square = data.letterbox(Image.new("RGB", (100, 50), "white"), 80)
-        colour = torch.tensor(data.MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
-        self.assertTrue((square[:, :19] == colour).all() and (square[:, 61:] == colour).all())
         self.assertTrue((square[:, 22:58, 2:-2] == 255).all())
-        self.assertLess(float(data.normalise(square[None])[:, :, :19].abs().max()), 0.01)
+        borders = data.normalise(square[None])[:, :, [*range(19), *range(61, 80)]]
+        self.assertLess(float(borders.abs().max()), 0.01)           # 0, but for rounding
 
     def test_extreme_photos_take_no_more_room_than_others(self):
         for size in ((900_000, 4), (4, 900_000), (4480, 10), (10, 4480), (1, 1)):
-            square = data.letterbox(Image.new("RGB", size, "white"), 448)
-            self.assertEqual(square.shape, (3, 448, 448))
+            self.assertEqual(data.letterbox(Image.new("RGB", size), 448).shape, (3, 448, 448))
         self.assertEqual(data.unletterbox(torch.rand(448, 448), 500_000, 3).shape, (3, 500_000))
 
     def test_opencv(self):
@@ -1738,26 +1725,22 @@ class Refer(unittest.TestCase):
         for where, change, message in (
                 (refs, pickle.dumps([Harm(self.root / "h")]), r"asks for \w+.mkdir, which could"),
                 (refs, whole[refs][:-50], r"refs\(unc\).p: cannot be read"),
-                (refs, pickle.dumps(7), "cannot be read"),
                 (coco, whole[coco][:99], "instances.json: cannot be read"),
                 (coco, b'{"annotations": []}', "no 'images'"),
                 (ref, {"ann_id": 10**30}, "entry 0: .*annotation 10+ is not in"),
                 (ref, {"image_id": [1]}, "entry .*unhashable"),
-                (ref, {"sentences": []}, "an expression is empty"),
                 (ref, {"sentences": [{"sent": " &nbsp; "}]}, "an expression is empty"),
                 (ref, {"sentences": [{"tokens": []}]}, "no 'sent'"),
                 (image, {"file_name": "\x1b[2J"}, r"no image folder holds \?\[2J"),
                 (image, {"width": 81}, "pixels, but instances.json says 81x"),
                 (mask, {"segmentation": None}, "has no mask"),
-                *((mask, {"segmentation": wrong}, "ref 111 of .*unusable segmentation") for wrong in (
-                    [[1, 1, 2, 2]], [[math.nan] * 6], [[-9, -9, -5, -9, -5, -5]],
-                    [[4e8, 4e8, -4e8, -4e8, 4e8, 0]], {"size": [60, 80]},
-                    {"size": [80, 60], "counts": [4800]}, {"size": [60, 80], "counts": [9, 9000]},
-                    {"size": [60, 80], "counts": "zzzzzz~~" * 9})),
-                (photo, whole[photo][:400], "1.jpg: cannot be read as an image"),
+                *((mask, {"segmentation": wrong}, "ref 111 of .*unusable segmentation")
+                  for wrong in ([[1, 1, 2, 2]], [[math.nan] * 6], [[-9, -9, -5, -9, -5, -5]],
+                                [[4e8, 4e8, -4e8, -4e8, 4e8, 0]],
+                                {"size": [60, 80]}, {"size": [80, 60], "counts": [4800]},
+                                {"size": [60, 80], "counts": [9, 9000]})),
                 (photo, deep.getvalue(), "more than 8 bits"),
-                (photo, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
-                 "cannot be read as an image")):
+                (photo, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "not identify")):
             with self.subTest(message=message, change=change):
                 if isinstance(where, dict):
                     with mock.patch.dict(where, change):
@@ -1776,7 +1759,7 @@ class Refer(unittest.TestCase):
         self.assertFalse((self.root / "h").exists())
 
     def test_odd_texts_are_read(self):
-        for text in ("\x00\x1b[2J\x07", "\u202eהחתול השמאלי\u202c", "cat \ud800", "a word " * 999):
+        for text in ("\x00\x1b[2J\x07", "\u202eהחתול\u202c", "cat \ud800", "a word " * 999):
             self.refs[0]["sentences"] = [{"sent": text}]
             self.write("refcoco", "unc", self.refs)
             self.assertEqual(self.read_all(skip_broken=False), 0)
@@ -1784,26 +1767,20 @@ class Refer(unittest.TestCase):
     @unittest.skipUnless(MANY, "changes bytes at random; MANY=1 runs it")
     def test_mutated_files(self):
         """A few changed bytes: each file is read, or refused with the documented error."""
-        chance, refused = random.Random(0), 0
-        paths = [*(self.root / "refcoco").iterdir(), self.photos[1]]
-        for path in 120 * MANY * paths:
+        chance = random.Random(0)
+        for path in 120 * MANY * [*(self.root / "refcoco").iterdir(), self.photos[1]]:
             whole = path.read_bytes()
-            content = bytearray(whole)
-            for _ in range(chance.randint(1, 4)):
-                start = chance.randrange(len(content))
-                old, new = chance.choice(((1, 1), (1, 0), (8, 8), (8, 0), (0, 8)))
-                content[start:start + old] = chance.randbytes(new)
-            path.write_bytes(content)
-            try:
+            start, old, new = chance.randrange(len(whole)), *chance.choices((0, 1, 8), k=2)
+            path.write_bytes(whole[:start] + chance.randbytes(new) + whole[start + old:])
+            with contextlib.suppress(data.DataError):
                 self.read_all(skip_broken=False)
-            except data.DataError as error:
-                self.assertNotIn("\n", str(error))
-                refused += 1
             path.write_bytes(whole)
-        self.assertGreater(refused, 50 * MANY)
 
-    def test_broken_photos_are_skipped(self):
+    def test_broken_photos_are_refused_or_skipped(self):
         self.photos[1].write_bytes(self.photos[1].read_bytes()[:200])
+        for dataset, broken in ((data.TrainSet, (1, 0)), (data.ExpressionSet, 0)):
+            with self.assertRaisesRegex(data.DataError, "1.jpg: cannot be read as an image"):
+                dataset(self.read(), self.tokenizer, 64, 17)[broken]
         train_set, expressions = (dataset(self.read(), self.tokenizer, 64, 17, skip_broken=True)
                                   for dataset in (data.TrainSet, data.ExpressionSet))
         self.assertEqual([train_set[1, i]["skipped"] for i in range(4)], [2, 1, 0, 0])
@@ -1884,8 +1861,7 @@ class Drawn(unittest.TestCase):
                     for kind, texts in enumerate(data.expressions(figure, figures, 4, domain)):
                         read[kind] += len(texts)
                         for text in texts:
-                            if self.referred(text, figures, domain) != [figure]:
-                                self.fail(f"{text!r} in {figures}")
+                            self.assertEqual(self.referred(text, figures, domain), [figure], text)
             self.assertGreater(min(read), 500, name)
 
     def test_files(self):
@@ -1921,6 +1897,7 @@ class Metrics(unittest.TestCase):
 
     def test_shared_batches_are_the_same_batches(self):
         whole = list(train.GlobalBatches(37, 8, 8, 0, 1, seed=3))
+        self.assertNotEqual(whole, list(train.GlobalBatches(37, 8, 8, 0, 1, seed=4)))
         for world, micro in ((1, 8), (2, 4), (2, 2), (4, 2)):
             shares = [list(train.GlobalBatches(37, 8, micro, rank, world, seed=3))
                       for rank in range(world)]
@@ -1939,8 +1916,7 @@ class Evaluating(unittest.TestCase):
         cls.addClassCleanup(place.cleanup)
         cls.root, cls.ckpt = Path(place.name), Path(place.name, "net.pt")
         cls.tokenizer = data.Tokenizer(data.draw_shapes(cls.root / "data", TINY) / "merges.txt")
-        cls.net = model.build("shapes", head_width=32, head_heads=2, head_layers=1)
-        cls.net.load_state_dict(shake(copy.deepcopy(cls.net)).state_dict())
+        cls.net = shake(model.build("shapes", head_width=32, head_heads=2, head_layers=1)).float()
         model.save(cls.ckpt, cls.net, run={"dataset": "shapes"},
                    vocabulary={"text": cls.tokenizer.text})
         *cls.refs, cls.last = data.read_split(cls.root / "data", "shapes", "val")[0]
@@ -1985,10 +1961,9 @@ class Evaluating(unittest.TestCase):
 
     def test_bad_input_gets_one_line_and_status_2(self):
         place, photo = folder(self), self.refs[0].image
-        (place / "cut.pt").write_bytes(self.ckpt.read_bytes()[:4000])
         one = ["--image", photo, "--text", "it", "--output", place / "o.png"]
         for arguments, message in (
-                (["--ckpt", place / "cut.pt"], "cut.pt: not a readable"),
+                (["--ckpt", self.refs[0].image], "not a readable"),
                 (["--split", "testC"], "no split 'testC'; found"), (one[2:], "one photo takes"),
                 (["--dataset", "mixed"], "choose one to evaluate it on"),
                 (["--split", "val", "--workers", 1], f"{self.last.image}: cannot be read"),
@@ -1997,7 +1972,7 @@ class Evaluating(unittest.TestCase):
                 ([*one, "--output", place / "o.cat"], "o.cat: could not be written: unknown file"),
                 ([*one, "--text", " &nbsp; "], "the expression is empty")):
             refused(self, evaluate, [*self.common, *arguments], f"evaluate.py: .*{message}")
-        self.assertEqual({path.name for path in place.iterdir()}, {"cut.pt"})
+        self.assertEqual(list(place.iterdir()), [])
 
 
 class Runs(unittest.TestCase):
@@ -2054,15 +2029,6 @@ class Runs(unittest.TestCase):
             for name in ("val.png", "curves.png"):
                 with Image.open(whole / name) as picture:
                     self.assertGreater(np.asarray(picture).std(), 5)
-            # One process finds the figures in the checkpoint that one or two have logged.
-            figures = whole.with_suffix(".json")
-            statuses, lines = launch([
-                "--ckpt", whole / "last.pt", "--data", self.root / "data", "--split", "val",
-                "--batch-size", 8, "--json", figures], module="evaluate")
-            self.assertEqual(statuses, [0], lines)
-            (found,) = json.loads(figures.read_text()).values()
-            for key in ("miou", "oiou", "p50"):
-                self.assertEqual(found["val"][key], rows[-1][key])
 
     def samples(self):
         refs = data.read_split(self.root / "data", "shapes", "train")[0]
@@ -2111,10 +2077,6 @@ class Runs(unittest.TestCase):
         for a, b in zip(self.log("double1"), self.log("double2")):
             self.assertAlmostEqual(a["loss"], b["loss"], delta=1e-12)
 
-    def test_another_seed_trains_another_model(self):
-        self.assertEqual(self.run_out("seed", None, 1, "--seed", 1, "--epochs", 1)[0], [0])
-        self.assertNotEqual(self.log("seed")[0]["loss"], self.log("whole1")[0]["loss"])
-
     def test_barleria_on_mixed_data_in_bfloat16(self):
         """The three data sets of `mixed` as copies of the drawn one. The folder is the default."""
         self.addCleanup(os.chdir, os.getcwd())
@@ -2160,37 +2122,34 @@ class Runs(unittest.TestCase):
 
     def test_bad_input_gets_one_line_and_status_2(self):
         place = folder(self)
-        (place / "file").write_text("x")
         for name in ("best", "last"):
             (place / name).mkdir()
             shutil.copy(self.root / "whole1" / f"{name}.pt", place / name / "last.pt")
         for arguments, message in (
-                (["--preset", "cats"], "argument --preset: invalid choice: 'cats'"),
                 (["--preset", "dcris-b"], "needs --dataset"),
                 (["--init", "a.pt", "--random-towers"], "leave --random-towers"),
                 (["--bench", "--rounds", 0], "at least 1"),
                 (["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no"],
                  "no such file; .python backbones.py download"),
                 (["--preset", "shapes-lora"], "there is no file of one: --init"),
-                (["--dataset", "cats"], "'cats'|cats"),
                 (["--micro-batch", "5"], "micro-batches of 5; change"),
                 (["--batch-size", "9999"], "only .* refs"),
-                (["--out", place / "file"], "file"),
                 (["--out", place / "last", "--lr", 1, "--seed", 1],
                  "another run: lr 0.001 there, 1.0 here; seed 0 there, 1 here; --out DIR"),
                 (["--out", place / "best"], "not this run's last.pt")):
             refused(self, train, [*self.command, "--out", place / "o", *arguments], message)
 
     def test_the_folder_is_the_run(self):
-        before = (self.root / "whole1" / "last.pt").read_bytes()
-        statuses, lines = self.run_out("whole1")        # it is finished
-        self.assertEqual((statuses, len(lines)), ([0], 1), lines)
-        self.assertRegex(lines[0], "whole1: finished after epoch 2, .*; --out DIR starts another")
-        self.assertEqual((self.root / "whole1" / "last.pt").read_bytes(), before)
-        train.lock_folder(self.root / "locked")         # no two runs write to one folder
-        statuses, lines = self.run_out("locked")
-        self.assertEqual((statuses, len(lines)), ([2], 1), lines)
-        self.assertRegex(lines[0], "locked: another run is writing there")
+        last = self.root / "whole1" / "last.pt"
+        before = last.read_bytes()
+        train.lock_folder(self.root / "locked")
+        for out, status, message in (
+                ("whole1", 0, "finished after epoch 2, .*; --out DIR starts another"),
+                ("locked", 2, "another run is writing there")):
+            statuses, lines = self.run_out(out)
+            self.assertEqual((statuses, len(lines)), ([status], 1), lines)
+            self.assertRegex(lines[0], f"{out}: {message}")
+        self.assertEqual(last.read_bytes(), before)
 
     def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
         for world, tricks in ((1, ("drawing", "first step", "saving", "last step", "validating",
@@ -2215,12 +2174,11 @@ class Runs(unittest.TestCase):
 
     def test_a_disturbed_run_says_why_and_goes_on(self):
         """A signal ends it after the step, and saves it. Where one process fails, none hangs."""
-        signals = [(trick, statuses, "", place) for trick, statuses, place in (
-            ("terminate", [143], (1, 3)), ("interrupt", [130], (1, 3)),
-            ("terminate one", [143, 143], (1, 3)), ("terminate at last", [143], (1, 6)),
-            ("terminate twice", [-signal.SIGTERM], (1, 2)))]            # at once, unsaved
         for trick, statuses, said, place in (
-                *signals, ("fail at one", [1, 2], ".*photo 7: cannot be read.*", (1, 2)),
+                ("terminate", [143], "", (1, 3)), ("interrupt", [130], "", (1, 3)),
+                ("terminate one", [143, 143], "", (1, 3)), ("terminate at last", [143], "", (1, 6)),
+                ("terminate twice", [-signal.SIGTERM], "", (1, 2)),     # at once, unsaved
+                ("fail at one", [1, 2], ".*photo 7: cannot be read.*", (1, 2)),
                 ("one killed", [1, -signal.SIGKILL], ".*lost another process.*", (1, 2)),
                 ("full disk", [2, 1], ".*last.pt: could not be written: File too large", (1, 4)),
                 ("not finite", [2, 2], r".*the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
@@ -2289,8 +2247,8 @@ def refused(test, module, arguments, message):
 def launch(arguments, trick=None, world=1, module="train", kill_after=None):
     """Runs a program in `world` processes of one thread: their exit statuses and printed lines.
 
-    The processes are forked from a server that has loaded PyTorch already. `trick`: a key of
-    TRICKS. `kill_after`: seconds until all processes are killed.
+    They are forked from a server that has loaded PyTorch already. `trick`: a key of TRICKS.
+    `kill_after`: seconds until all are killed. The status of a process that hangs is None.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "torch._dynamo"])     # which optimizers import
@@ -2314,8 +2272,6 @@ def launch(arguments, trick=None, world=1, module="train", kill_after=None):
         statuses = [child.exitcode for child in children]
         for child in children:
             child.kill()
-        if None in statuses:
-            raise AssertionError("a process hangs")
         return statuses, lines_of("".join(output.read_text() for output in outputs))
 
 
