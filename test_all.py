@@ -6,7 +6,6 @@ without it, the tests of CLIP's token ids are skipped with a message.
 """
 
 import contextlib
-import copy
 import gzip
 import io
 import itertools
@@ -1616,7 +1615,7 @@ class Refer(unittest.TestCase):
             Image.fromarray(noise).convert(mode).save(path, exif=exif if i == 4 else b"")
         stripe = np.zeros((60, 80), np.uint8)
         stripe[:, 7] = 1
-        runs = data.run_lengths(stripe)
+        runs = {"size": [60, 80], "counts": [420, 60, 4320]}
         packed = data.pycocotools.mask.frPyObjects(runs, 60, 80)["counts"].decode()
         truth = {                   # annotation: expression, segmentation, photo
             11: ("polygons", [[10, 10, 30, 10, 30, 40, 10, 40]], 1),
@@ -1715,7 +1714,7 @@ class Refer(unittest.TestCase):
                 (ref, {"sentences": [{"tokens": []}]}, "no 'sent'"),
                 (image, {"file_name": "\x1b[2J"}, r"no image folder holds \?\[2J"),
                 (image, {"width": 81}, "pixels, but instances.json says 81x"),
-                (mask, {"segmentation": None}, "has no mask"),
+                (mask, {"segmentation": None}, "its mask or an expression is empty"),
                 *((mask, {"segmentation": wrong}, "ref 111 of .*unusable segmentation")
                   for wrong in ([[1, 1, 2, 2]], [[math.nan] * 6], [[-9, -9, -5, -9, -5, -5]],
                                 [[4e8, 4e8, -4e8, -4e8, 4e8, 0]],
@@ -1820,7 +1819,7 @@ class Drawn(unittest.TestCase):
             return [f for f in figures if {*words} <= {*f[:4], "shape"}]
 
         words = text.removeprefix("the ")
-        for relation, (dx, dy) in {**domain.directions, "nearest to": (0, 0)}.items():
+        for relation, (dx, dy) in domain.relations.items():
             left, _, right = words.partition(f" {relation} the ")
             if right:
                 anchor, = matching(right.split())
@@ -2115,7 +2114,7 @@ class Runs(unittest.TestCase):
                  "no such file; .python backbones.py download"),
                 (["--preset", "shapes-lora"], "there is no file of one: --init"),
                 (["--micro-batch", "5"], "micro-batches of 5; change"),
-                (["--batch-size", "9999"], "only .* refs"),
+                (["--batch-size", "9999"], "more than the .* refs"),
                 (["--out", place / "last", "--lr", 1, "--seed", 1],
                  "another run: lr 0.001 there, 1.0 here; seed 0 there, 1 here; --out DIR"),
                 (["--out", place / "best"], "not this run's last.pt")):
