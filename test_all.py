@@ -54,6 +54,7 @@ VOCABULARY = next((folder / "bpe_simple_vocab_16e6.txt.gz"
                    for folder in (HERE / "pretrained", HERE.parent / "shared" / "pretrained")
                    if (folder / "bpe_simple_vocab_16e6.txt.gz").is_file()), None)
 CPU = torch.device("cpu")
+SAFETENSORS = importlib.util.find_spec("safetensors")
 MANY = int(os.environ.get("MANY", 0))
 TINY = {"train": 40, "val": 8, "test": 5}           # scenes
 # The small model, smaller; dropout off, so that runs can be compared.
@@ -144,13 +145,9 @@ def plain_heads(q, k, v, heads, hidden=None):
 
 
 def plain_attention(query, key, value, layer, padding=None):
-    """`layer` is an attention with PyTorch's names."""
-    weights = (layer.in_proj_weight.chunk(3) if layer.in_proj_weight is not None else
-               (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight))
-    q, k, v = (x @ weight.T + bias for x, weight, bias in
-               zip((query, key, value), weights, layer.in_proj_bias.chunk(3)))
-    hidden = None if padding is None else padding[:, None]
-    return plain_linear(plain_heads(q, k, v, layer.num_heads, hidden), layer.out_proj)
+    """PyTorch's own, which puts the batch second."""
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    return nn.MultiheadAttention.forward(layer, query, key, value, padding)[0].transpose(0, 1)
 
 
 def plain_block(x, block, activation, flows=(), rotated=lambda x: x):
@@ -159,9 +156,8 @@ def plain_block(x, block, activation, flows=(), rotated=lambda x: x):
     attention, mlp, eva = block.attention, block.mlp, hasattr(block.mlp, "gate")
     later = torch.ones(x.shape[1], x.shape[1]).bool().triu(1) if block.causal else None
     y = plain_norm(x, block.norm1)
-    q, k, v = ([plain_linear(y, layer) for layer in (attention.query, attention.key,
-                                                     attention.value)] if eva else
-               plain_linear(y, attention.qkv).chunk(3, -1))
+    q, k, v = ([plain_linear(y, getattr(attention, part)) for part in ("query", "key", "value")]
+               if eva else plain_linear(y, attention.qkv).chunk(3, -1))
     y = plain_heads(rotated(q), rotated(k), v, attention.heads, later)
     y = plain_linear(plain_norm(y, attention.norm) if eva else y, attention.out)
     x = attention_flow(x) + y * getattr(block.scale1, "gamma", 1)
@@ -182,12 +178,6 @@ def plain_rotation(x, rows=2, columns=3):
         angle = 16 * place * 10000 ** (-(c % 16) / 16)
         pairs[:, n, c] *= complex(math.cos(angle), math.sin(angle))
     return torch.cat([x[:, :1], torch.view_as_real(pairs).flatten(-2)], 1)
-
-
-def plain_sines(at, width):
-    """sin and cos of at / 10000^(2i / width), in turn."""
-    rates = [at / 10000 ** (2 * i / width) for i in range(width // 2)]
-    return torch.tensor([f(rate) for rate in rates for f in (math.sin, math.cos)]).double()
 
 
 def as_map(x, rows, columns):
@@ -236,14 +226,6 @@ class Equations(Exact):
         f_w = plain_bottleneck(x, (adapter.down, None, adapter.up))
         self.same(adapter(x), x + 0.2 * f_w)
 
-    def test_dense_text_adapter(self):
-        adapter = shake(adapters.DenseTextAdapter(20, 32))
-        x = torch.randn(2, 6, 20).double()
-        f = plain_linear(x, adapter.down).clamp(min=0)
-        branches = plain_branches(f[:, 1:].transpose(1, 2), adapter.dense).transpose(1, 2)
-        hidden = torch.cat([2 * f[:, :1], branches + f[:, 1:]], 1)
-        self.same(adapter(x), x + 0.2 * plain_linear(hidden, adapter.up))
-
     def test_neck_equation_4(self):
         neck = shake(head.Neck([6, 8, 10], 12, 16, residual=True))
         features = [torch.randn(2, c, 4, 5).double() for c in (6, 8, 10)]
@@ -262,31 +244,6 @@ class Equations(Exact):
         self.same(neck(features, sentence), out + f_f)
         neck.residual = False
         self.same(neck(features, sentence), out)
-
-    def test_decoder(self):
-        decoder = shake(head.Decoder(16, 12, heads=4, layers=2, dropout=0.0))
-        x, words = torch.randn(2, 16, 3, 5).double(), torch.randn(2, 6, 12).double()
-        padding = torch.arange(6) >= torch.tensor([[4], [6]])
-        places = torch.stack([torch.cat([plain_sines(column, 8), plain_sines(row, 8)])
-                              for row in range(3) for column in range(5)])
-        word_places = torch.stack([plain_sines(at, 12) for at in range(6)])
-        y = x.flatten(2).transpose(1, 2)
-        for layer in decoder.layers:
-            z = plain_norm(y, layer.norm1)
-            z = plain_attention(z + places, z + places, z, layer.self_attention)
-            y = y + plain_norm(z, layer.self_attention_norm)
-            z = plain_norm(y, layer.norm2) + places
-            z = plain_attention(z, words + word_places, words, layer.cross_attention, padding)
-            y = y + plain_norm(z, layer.cross_attention_norm)
-            z = plain_linear(plain_norm(y, layer.norm3), layer.feed_forward[0]).clamp(min=0)
-            y = y + plain_linear(plain_norm(z, layer.feed_forward[3]), layer.feed_forward[4])
-        y = as_map(plain_norm(y, decoder.norm), 3, 5)
-        # The module makes its positions in single precision: they are compared apart.
-        self.same(head.sine_positions_2d(3, 5, 16).double(), places, 1e-6)
-        self.same(head.sine_positions(6, 12).double(), word_places, 1e-6)
-        with mock.patch.object(head, "sine_positions_2d", lambda *_: places), \
-                mock.patch.object(head, "sine_positions", lambda *_: word_places):
-            self.same(decoder(x, words, padding), y)
 
     def test_projector_equation_5(self):
         projector = shake(head.Projector(8, 12))
@@ -326,12 +283,10 @@ class Equations(Exact):
         # Where the machine has it, large layers go there, and agree with PyTorch's.
         layer, x = backbones.Linear(512, 640), torch.randn(2, 128, 512, requires_grad=True)
         out, plain = layer(x), F.linear(x, layer.weight, layer.bias)
-        for big in (True, False):
-            taken = type(layer(x if big else x[:, :10]).grad_fn).__name__
-            self.assertEqual("OneDNN" in taken, big and backbones.ONEDNN_LINEAR is not None)
-        found, expected = ((y, *torch.autograd.grad((y ** 2).sum(), (x, *layer.parameters())))
-                           for y in (out, plain))
-        for a, b in zip(found, expected):
+        self.assertEqual("OneDNN" in type(out.grad_fn).__name__, bool(backbones.ONEDNN_LINEAR))
+        self.assertNotIn("OneDNN", type(layer(x[:, :10]).grad_fn).__name__)
+        for a, b in zip(*((y, *torch.autograd.grad((y ** 2).sum(), (x, *layer.parameters())))
+                          for y in (out, plain))):
             self.same(a / b.std(), b / b.std(), 1e-5)
 
     def test_attention_with_dropout(self):
@@ -353,10 +308,7 @@ class Equations(Exact):
 
         q, k, v = (torch.randn(2, 3, n, 4).double().requires_grad_() for n in (5, 7, 7))
         self.assertTrue(torch.autograd.gradcheck(drawn_alike, (q, k, v)))
-        x = torch.randn(2, 9, 12)               # bfloat16 on CPUs goes the same way
-        half = backbones.attend(*3 * [x.bfloat16()], heads=3)
-        self.assertEqual(half.dtype, torch.bfloat16)
-        self.same(half.float(), backbones.attend(x, x, x, heads=3), 0.03)
+
 
 
 def tiny_barleria(depth=2, **overrides):
@@ -485,52 +437,22 @@ class BarleriaEquations(Exact):
 class Tuners(Exact):
     """The methods that the papers compare with."""
 
-    def test_bridge(self):
-        first, second = (shake(adapters.Bridge(10, 12, width=16, heads=8, first_stage=i == 0,
-                                               last_stage=i == 1))
-                         for i in range(2))
-        patches, words = torch.randn(2, 6, 10).double(), torch.randn(2, 5, 12).double()
-        p, w, before = patches, words, None
-        for bridge in (first, second):
-            v = plain_conv_bn_relu(p.transpose(1, 2), bridge.patches_down).transpose(1, 2)
-            t = plain_linear(w, bridge.words_down)
-            if before is not None:
-                v = plain_norm(v + before[0], bridge.patches_norm)
-                t = plain_norm(t + before[1], bridge.words_norm)
-            before = v, t
-            read_v = v * plain_attention(v, t, t, bridge.patches_read)
-            read_t = t * plain_attention(t, v, v, bridge.words_read)
-            p = p + plain_conv_bn_relu(read_v.transpose(1, 2), bridge.patches_up).transpose(1, 2)
-            w = w + plain_linear(read_t, bridge.words_up)
-        found = second(*first(patches, words))
-        self.same(found[0], p)
-        self.same(found[1], w)
-
     def test_compacter_weight_is_a_sum_of_kronecker_products(self):
-        factors = torch.randn(4, 4, 4).double()
-        layer = shake(adapters.KroneckerLinear(12, 8, factors))
+        x, factors = torch.randn(2, 3, 12).double(), torch.randn(4, 4, 4).double()
+        adapter = adapters.CompacterAdapter(12, 8, factors).double()
+        self.assertTrue(torch.equal(adapter(x), x))         # it starts as the identity
+        layer = shake(adapter).down
         weight = sum(torch.kron(factors[i], layer.b[i]) for i in range(4))
-        x = torch.randn(2, 3, 12).double()
         self.same(layer(x), x @ weight.T + layer.bias)
-        owners = [name for name, _ in model.build("shapes-compacter").named_parameters(
-            remove_duplicate=False) if "factors" in name]
-        self.assertEqual(owners, ["factors"])
+        self.same(adapter(x), x + adapter.up(layer(x).clamp(min=0)))
 
     def test_lora_is_beside_its_layer_and_merges_into_it(self):
-        x = torch.randn(2, 3, 12).double()
-        lora = shake(adapters.LoRA(nn.Linear(12, 18), rank=2, parts=3))
-        merged = lora.frozen.weight + torch.cat([up @ down for up, down in zip(lora.up, lora.down)])
-        self.same(lora(x), x @ merged.T + lora.frozen.bias)
-
-    def test_at_their_start_tuners_are_the_frozen_model(self):
-        for name in ("houlsby", "compacter", "lora"):
-            torch.manual_seed(0)
-            plain = model.build("shapes-fixed").eval()
-            torch.manual_seed(0)
-            tuned = model.build(f"shapes-{name}").eval()
-            tuned.head.load_state_dict(plain.head.state_dict())
-            images, tokens = batch(plain)
-            self.assertTrue(torch.equal(tuned(images, tokens), plain(images, tokens)), name)
+        x, frozen = torch.randn(2, 3, 12).double(), nn.Linear(12, 18).double()
+        lora = adapters.LoRA(frozen, rank=2, parts=3).double()
+        self.assertTrue(torch.equal(lora(x), frozen(x)))    # it starts as the frozen layer
+        shake(lora)
+        merged = frozen.weight + torch.cat([up @ down for up, down in zip(lora.up, lora.down)])
+        self.same(lora(x), x @ merged.T + frozen.bias)
 
 
 class Counts(unittest.TestCase):
@@ -544,12 +466,6 @@ class Counts(unittest.TestCase):
         for published in model.PUBLISHED.values():
             self.assertIn(f"`{published.file}`", readme)
             self.assertIn(f"<{published.address}>", readme)
-        known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
-        for flag in set(re.findall(r"(?<=[ `])--[a-z][a-z_-]+", readme)):
-            field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
-            self.assertTrue(f'"{flag}"' in known or hasattr(model.Config, field) or flag in (
-                "--nnodes", "--nproc_per_node", "--rdzv-endpoint", "--max-restarts", "--help"),
-                flag)
 
     def test_parts(self):
         with torch.device("meta"):
@@ -684,11 +600,6 @@ def drawn_state(*kinds):
             for name, tensor in published(drawn_tower(kind), kind).items()}
 
 
-def changed(state, change):
-    """A copy of a table after a change; None leaves an entry out."""
-    return {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
-
-
 class Towers(Exact):
     """Frozen towers and their files."""
 
@@ -717,7 +628,7 @@ class Towers(Exact):
         with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
             backbones.load_vision(folder(self))
 
-    @unittest.skipUnless(importlib.util.find_spec("safetensors"), "safetensors is not installed")
+    @unittest.skipUnless(SAFETENSORS, "safetensors is not installed")
     def test_safetensors(self):
         import safetensors.torch
         path = folder(self) / "model.safetensors"
@@ -729,17 +640,24 @@ class Towers(Exact):
         with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
             backbones.load_vision(path.parent)
 
-    def test_vision_towers_by_hand(self):
-        """On a grid of 2x3 patches; EVA-02's rotary tables are in single precision."""
+    def test_towers_by_hand(self):
+        """Images of 2x3 patches, and texts; EVA-02's rotary tables are in single precision."""
+        tokens = torch.tensor([[298, 5, 6, 299, 0, 0], [298, 7, 5, 9, 4, 299]])
         for kind, eps, activation, tolerance in (
                 ("dinov2", 1e-6, plain_gelu, 1e-10), ("clip", 1e-5, quick_gelu, 1e-10),
-                ("eva", 1e-6, lambda x: x / (1 + torch.exp(-x)), 1e-5)):
+                ("eva", 1e-6, lambda x: x / (1 + torch.exp(-x)), 1e-5),
+                ("clip text", 1e-5, quick_gelu, 1e-10), ("eva text", 1e-5, plain_gelu, 1e-10)):
             tower = drawn_tower(kind).double()
-            size = tower.shape.patch
-            image = torch.randn(2, 3, 2 * size, 3 * size).double()
-            x = F.conv2d(image, tower.patch.weight, tower.patch.bias, stride=size)
-            x = torch.cat([tower.class_token.expand(2, -1, -1), x.flatten(2).transpose(1, 2)], 1)
-            x = x + tower.positions((2, 3))
+            if kind.endswith("text"):
+                x = tower.embedding.weight[tokens] + tower.position[:6]
+                found = tower(tokens)[0]
+            else:
+                size = tower.shape.patch
+                images = torch.randn(2, 3, 2 * size, 3 * size).double()
+                x = F.conv2d(images, tower.patch.weight, tower.patch.bias, stride=size)
+                x = torch.cat([tower.class_token.expand(2, -1, -1),
+                               x.flatten(2).transpose(1, 2)], 1) + tower.positions((2, 3))
+                found = tower(images)
             if kind == "dinov2":
                 x = torch.cat([x[:, :1], tower.registers.expand(2, -1, -1), x[:, 1:]], 1)
             if kind == "clip":
@@ -747,25 +665,9 @@ class Towers(Exact):
             for block in tower.blocks:
                 x = plain_block(x, block, activation,
                                 rotated=plain_rotation if kind == "eva" else lambda x: x)
-            x = plain_norm(x, tower.norm)
-            self.same(tower(image), x, tolerance)
-            if kind != "dinov2":
-                self.same(tower.project(x), plain_linear(x, tower.projection))
-            self.assertEqual({block.norm2.eps for block in tower.blocks} | {tower.norm.eps}, {eps})
-
-    def test_text_towers_by_hand(self):
-        tokens = torch.tensor([[298, 5, 6, 299, 0, 0], [298, 7, 5, 9, 4, 299]])
-        for kind, activation in (("clip text", quick_gelu), ("eva text", plain_gelu)):
-            tower = drawn_tower(kind).double()
-            x = tower.embedding.weight[tokens] + tower.position[:6]
-            for block in tower.blocks:
-                x = plain_block(x, block, activation)
-            x = plain_norm(x, tower.norm)
-            words, sentence = tower(tokens)
-            self.same(words, x)
-            self.same(sentence, torch.stack([x[0, 3], x[1, 5]]) @ tower.projection)
-        self.assertEqual(backbones.after_end(tokens).tolist(),
-                         [[False] * 4 + [True] * 2, [False] * 6])
+            self.same(found, plain_norm(x, tower.norm), tolerance)
+            self.assertEqual({layer.eps for layer in tower.modules()
+                              if isinstance(layer, nn.LayerNorm)}, {eps})
 
     def test_positions_are_resized_and_can_stay_so(self):
         path = self.saved(drawn_state("dinov2"))
@@ -801,8 +703,7 @@ class Towers(Exact):
                 self.assertTrue(torch.equal(half, single.half().float()))
 
     def test_bad_files_are_refused_by_name(self):
-        dinov2, eva, zeros = drawn_state("dinov2"), drawn_state("eva", "eva text"), torch.zeros
-        hf = drawn_state("hf dinov2")
+        dinov2, hf, zeros = drawn_state("dinov2"), drawn_state("hf dinov2"), torch.zeros
         hf_key = "encoder.layer.0.attention.attention.key.bias"
         vision, text = backbones.load_vision, backbones.load_text
         for read, state, change, message in (
@@ -811,17 +712,14 @@ class Towers(Exact):
                 (vision, dinov2, {"extra": zeros(3)}, r"1 tensor\(s\) unexpected.*extra"),
                 (vision, dinov2, {"norm.weight": zeros(7)},
                  r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
-                (vision, dinov2, {"cls_token": 5}, "cls_token is not a plain"),
                 (vision, dinov2, {"cls_token": zeros(1, 1, 128).double() + 1e300},
                  "cls_token holds numbers that are not finite in torch.float32"),
                 (vision, dinov2, {"register_tokens": None}, "no vision tower"),
-                (vision, dinov2, {"patch_embed.proj.weight": None}, "proj.weight is missing"),
                 (vision, hf, {hf_key: None}, f"missing, the first: {hf_key}"),
-                (vision, hf, {hf_key: zeros(3)}, f"misshapen.*{hf_key}"),
-                (text, eva, {"text.ln_final.bias": None}, "first: text.ln_final.bias"),
                 (text, dinov2, {}, "no text tower")):
             with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
-                read(self.saved(changed(state, change)))
+                read(self.saved({name: tensor for name, tensor in {**state, **change}.items()
+                                 if tensor is not None}))
 
     def test_unreadable_files_are_refused_and_run_no_code(self):
         class Script(nn.Module):
@@ -832,9 +730,6 @@ class Towers(Exact):
             @torch.jit.export
             def __setstate__(self, state: int):
                 torch.from_file("harmed", True, 4)
-
-            def forward(self, x):
-                return x
 
         path = self.saved(drawn_state("dinov2"))
         whole = path.read_bytes()
@@ -862,16 +757,13 @@ class Download(unittest.TestCase):
             def info(self):
                 return dict.fromkeys(("content-length", "Content-Length"), str(len(content) + 1))
 
-        def cut(*_):
-            return Cut(content)
-
         for at, expected, opens, error, message in (
                 ((place / "no").as_uri(), digest, urllib.request.urlopen, OSError, "/no.*/no'"),
-                (address, digest, cut, OSError, "retrieval incomplete"),
+                (address, digest, lambda *_: Cut(content), OSError, "retrieval incomplete"),
                 (address, "0" * 64, urllib.request.urlopen, backbones.WeightsError,
                  "file.bin.part: not the published file.*fetch it again"),
                 (address, None, urllib.request.urlopen, None, ""),
-                (address, digest, cut, None, "")):      # is there: nothing to do
+                (address, digest, None, None, "")):     # is there: nothing to do
             published = backbones.Published("file.bin", at, expected)
             refused = self.assertRaisesRegex(error, message) if error else contextlib.nullcontext()
             with mock.patch.dict(backbones.PUBLISHED, thing=published), refused, \
@@ -922,10 +814,6 @@ class Methods(unittest.TestCase):
             self.assertEqual(net.vision.training, net.config.towers_learn)
 
     def test_logits_are_four_times_the_grid(self):
-        for name in ("shapes", "shapes-barleria"):
-            net = model.build(name).eval()
-            images, tokens = batch(net)
-            self.assertEqual(net(images[:, :, :48], tokens).shape, (2, 1, 24, 32))
         for name, config in model.PRESETS.items():
             with torch.device("meta"):
                 net = model.build(name).eval()
@@ -954,16 +842,12 @@ class Methods(unittest.TestCase):
         for name in (model.PRESETS if MANY else ("dcris-b", "barleria")):
             torch.manual_seed(0)
             net = model.build(name).train()
-            learns = {name: p for name, p in net.named_parameters() if p.requires_grad}
             images, tokens = batch(net)
             masks = (torch.rand(2, 1, *images.shape[2:]) > 0.5).float()
-            value = loss.text_to_pixel_loss(net(images, tokens), masks)
-            value.backward()
-            self.assertTrue(math.isfinite(value.item()))
-            # Below an up-projection that starts at zero there is no gradient in the first step.
-            still = {name for name, p in learns.items() if not p.grad.any()}
-            self.assertFalse([name for name in still if not re.search(
-                r"text_adapters.*down|mlp\.1\.|\.down$|factors", name)])
+            loss.text_to_pixel_loss(net(images, tokens), masks).backward()
+            for parameter_name, parameter in net.named_parameters():
+                if parameter.requires_grad:
+                    self.assertTrue(parameter.grad.isfinite().all(), parameter_name)
 
 
 class Checkpoints(unittest.TestCase):
@@ -990,8 +874,6 @@ class Checkpoints(unittest.TestCase):
             images, tokens = torch.randn(1, 3, 56, 56), torch.tensor([[298, 4, 299]])
             again = model.load(place / "a.pt")
             self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
-            self.assertFalse(again.training)
-            self.assertFalse(any(p.requires_grad for p in again.vision.parameters()))
             name = "vision.class_token"         # a frozen tower comes from its file alone
             torch.save({**held, "config": asdict(held["config"]), "tensors": {
                 **held["tensors"], name: net.vision.class_token + 1}}, place / "b.pt")
@@ -1009,22 +891,16 @@ class Checkpoints(unittest.TestCase):
         net = model.build("shapes").eval()
         model.save(place / "a.pt", net, run={"dataset": "shapes"}, vocabulary={"text": "a b"},
                    optimizer={"state": torch.zeros(1000)})
-        for out in ("b.pt", "c.safetensors"):
-            status, _, err = program(model, "export", place / "a.pt", place / out)
-            if status and out == "c.safetensors":
-                self.assertIn("pip install safetensors", err)
-                continue
-            self.assertEqual(status, 0, err)
-            again = model.load(place / out)
+        for out in ("b.pt", "c.safetensors")[:2 if SAFETENSORS else 1]:
+            self.assertEqual(program(model, "export", place / "a.pt", place / out)[0], 0)
+            again, held = model.load(place / out), model.read_checkpoint(place / out)
             self.assertEqual(again.config, net.config)
             for name, tensor in net.state_dict().items():
                 self.assertTrue(torch.equal(again.state_dict()[name], tensor), name)
-            status, _, err = program(model, "export", place / out, place / out)
-            self.assertEqual(status, 2)
-            self.assertIn("is the checkpoint itself", err)
-            held = model.read_checkpoint(place / out)
             self.assertEqual(held["vocabulary"], {"text": "a b"})
             self.assertNotIn("optimizer", held)
+            status, _, err = program(model, "export", place / out, place / out)
+            self.assertEqual((status, "is the checkpoint itself" in err), (2, True))
 
     def test_bad_checkpoints_are_refused(self):
         place = folder(self)
@@ -1034,15 +910,9 @@ class Checkpoints(unittest.TestCase):
         first = next(iter(held["tensors"]))
         for change, message in (
                 (lambda c: c["tensors"].pop(first), f"missing, the first: {first}"),
-                (lambda c: c["tensors"].update(x=torch.zeros(1)), "unexpected.*: x"),
                 (lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
-                (lambda c: c["tensors"].update({first: "x"}), "not a plain tensor"),
-                (lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}), "finite"),
                 (lambda c: c["config"].update(colour=1), "colour"),
                 (lambda c: c["config"].update(image_size=81), "image_size 81"),
-                (lambda c: c["config"].update(head_heads=True), "head_heads is True"),
-                (lambda c: c.update(towers={"vision": 5, "text": None}), "not a checkpoint"),
-                (lambda c: c.update(run=5), "not a checkpoint"),
                 (lambda c: c.pop("towers"), "not a checkpoint of this project .*towers")):
             changed = {**held, "tensors": dict(held["tensors"]), "config": dict(held["config"])}
             change(changed)
@@ -1050,13 +920,9 @@ class Checkpoints(unittest.TestCase):
             with self.subTest(message), self.assertRaisesRegex(
                     backbones.WeightsError, f"b.pt: .*{message}"):
                 model.load(place / "b.pt")
-        flipped = bytearray(whole)
-        flipped[len(whole) // 3] ^= 0x40
-        for content in (whole[:len(whole) // 2], flipped, pickle.dumps(Harm(place / "harmed"))):
-            (place / "c.pt").write_bytes(content)
-            with self.assertRaisesRegex(backbones.WeightsError, "c.pt: not a readable"):
-                model.load(place / "c.pt")
-        self.assertFalse((place / "harmed").exists())
+        (place / "c.pt").write_bytes(whole[:len(whole) // 2])
+        with self.assertRaisesRegex(backbones.WeightsError, "c.pt: not a readable"):
+            model.load(place / "c.pt")
 
     def test_a_failed_save_keeps_the_old_file(self):
         place = folder(self)
@@ -1114,11 +980,10 @@ RECORDED_STARTS = {
 def released_shapes(net):
     """Name and shape of every tensor of the files in which the authors' programs keep a model."""
     detris = net.vision.shape.family == "dinov2"
-    kind, *prefixes = (("dinov2", "dinov2.", "txt_backbone.") if detris else
-                       ("clip", "backbone.", "backbone."))
     shapes = {}
-    for prefix, tower, kind in ((prefixes[0], net.vision, kind),
-                                (prefixes[1], net.text, "clip text")):
+    for prefix, tower, kind in (
+            ("dinov2." if detris else "backbone.", net.vision, net.vision.shape.family),
+            ("txt_backbone." if detris else "backbone.", net.text, net.text.shape.family)):
         shapes |= {prefix + name: list(tensor.shape)
                    for name, tensor in published(tower, kind).items()}
     for name, tensor in net.state_dict().items():
