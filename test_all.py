@@ -144,12 +144,6 @@ def plain_heads(q, k, v, heads, hidden=None):
     return torch.cat(out, -1)
 
 
-def plain_attention(query, key, value, layer, padding=None):
-    """PyTorch's own, which puts the batch second."""
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    return nn.MultiheadAttention.forward(layer, query, key, value, padding)[0].transpose(0, 1)
-
-
 def plain_block(x, block, activation, flows=(), rotated=lambda x: x):
     """A block of any family, with flows (two modules or none) on its shortcuts."""
     attention_flow, mlp_flow = flows if len(flows) else (nn.Identity(), nn.Identity())
@@ -211,10 +205,11 @@ class Equations(Exact):
         f = plain_linear(x, adapter.down).clamp(min=0)
         f_v = as_map(f[:, 3:], 4, 5)
         f_dense = (plain_branches(f_v, adapter.dense) + f_v).flatten(2).transpose(1, 2)
-        projected = plain_linear(words, adapter.cross.words)
-        cross = plain_linear(plain_attention(plain_linear(f_dense, adapter.cross.query), projected,
-                                             projected, adapter.cross.attention),
-                             adapter.cross.back)
+        query, words_read = (plain_linear(y, layer).transpose(0, 1) for y, layer in (
+            (f_dense, adapter.cross.query), (words, adapter.cross.words)))
+        read = nn.MultiheadAttention.forward(           # PyTorch's own puts the batch second
+            adapter.cross.attention, query, words_read, words_read)[0].transpose(0, 1)
+        cross = plain_linear(read, adapter.cross.back)
         f_cross = torch.cat([2 * f[:, :3], cross + f[:, 3:]], 1)
         self.same(adapter(x, words, (4, 5)), 0.2 * plain_linear(f_cross, adapter.up))
 
@@ -416,10 +411,9 @@ class BarleriaEquations(Exact):
         padding = backbones.after_end(self.tokens)
         prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:], padding)
         f_out = net.global_branch(self.images, words, prior, [x[:, 1:] for x in stages], (6, 6))
-        self.assertFalse(net.head.neck.residual)                # Eq. 11: tested with DCRIS Eq. 4
+        self.assertFalse(net.head.neck.residual)                # Eq. 11
         f_mm = net.head.decoder(net.head.neck(maps, sentence) + f_out, words, padding)
-        # Eq. 12: tested with DCRIS Eq. 5
-        self.same(net(self.images, self.tokens), net.head.projector(f_mm, sentence))
+        self.same(net(self.images, self.tokens), net.head.projector(f_mm, sentence))    # Eq. 12
 
     def test_gradient_stops_at_the_prior_and_the_stages(self):
         net = tiny_barleria()
@@ -482,9 +476,7 @@ class Counts(unittest.TestCase):
                 self.assertEqual(sum(p.numel() for p in module.parameters()), count, type(module))
 
     def test_presets(self):
-        rows = json.loads(program(model, "--json")[1])
-        self.assertEqual([row["preset"] for row in rows], list(model.PRESETS))
-        rows = {row["preset"]: row for row in rows}
+        rows = {row["preset"]: row for row in json.loads(program(model, "--json")[1])}
         for name, tuned in (
                 ("dcris-b", 6 * (382_896 + 66_112)), ("fixed", 0), ("full", 149_972_225 - 769),
                 ("houlsby", 1_982_976), ("lora", 1_572_864), ("etris", 1_387_648),
@@ -561,8 +553,7 @@ LAYOUTS = {             # what most names begin with, and the names
 def published(tower, kind):
     """A tower's tensors under the names and in the shapes of its publisher's files."""
     prefix, names = LAYOUTS[kind]
-    qkv = {"hf dinov2": ["query", "key", "value"], "hf clip": ["q_proj", "k_proj", "v_proj"],
-           "hf clip text": ["q_proj", "k_proj", "v_proj"]}.get(kind, ["qkv"])
+    layers = ["query", "key", "value"] if kind == "hf dinov2" else ["q_proj", "k_proj", "v_proj"]
     out = {}
     for ours, tensor in tower.state_dict().items():
         block, name, part = re.fullmatch(r"(blocks\.\d+\.|)(.+?)(weight|bias|)", ours).groups()
@@ -574,8 +565,11 @@ def published(tower, kind):
             tensor = tensor.T
         if theirs not in ("logit_scale", "visual_projection.weight", "text_projection.weight"):
             theirs = prefix + theirs
-        out |= {theirs.replace("qkv", word): rows.clone()
-                for word, rows in zip(qkv, tensor.chunk(len(qkv)) if "qkv" in theirs else [tensor])}
+        if "hf" in kind and "qkv" in theirs:
+            out |= {theirs.replace("qkv", layer): rows.clone()
+                    for layer, rows in zip(layers, tensor.chunk(3))}
+        else:
+            out[theirs] = tensor.clone()
     return out
 
 
@@ -675,8 +669,6 @@ class Towers(Exact):
         stays = backbones.load_vision(path, image_size=98)
         self.assertEqual((stays.shape.grid, stays.position.shape), (7, (1, 50, 128)))
         self.assertTrue(torch.equal(stays(image), backbones.load_vision(path)(image)))
-        with self.assertRaisesRegex(ValueError, "14 does not divide"):
-            backbones.load_vision(path, image_size=100)
         # DINOv2's antialiased, CLIP's not.
         for kind, antialias in (("dinov2", True), ("clip", False)):
             tower = drawn_tower(kind, grid=9)
@@ -687,9 +679,8 @@ class Towers(Exact):
 
     def test_openais_archives(self):
         """They are TorchScript, in half precision, with plain numbers among the tensors."""
-        state = drawn_state("clip", "clip text")
-        root = nn.Module()
-        for name, tensor in {**state, "input_resolution": torch.tensor(224)}.items():
+        root, number = nn.Module(), {"input_resolution": torch.tensor(224)}
+        for name, tensor in {**drawn_state("clip", "clip text"), **number}.items():
             at, (*parts, last) = root, name.split(".")
             for part in parts:
                 if not hasattr(at, part):
@@ -736,12 +727,10 @@ class Towers(Exact):
         flipped = bytearray(whole)
         flipped[len(whole) // 3] ^= 0x40
         torch.jit.script(Script()).save(str(path))
-        for content, message in (
-                (whole[:5000], "not a readable"), (flipped, "not a readable"),
-                (path.read_bytes(), "not a readable"),
-                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable")):
+        for content in (whole[:5000], flipped, path.read_bytes(),
+                        pickle.dumps({"cls_token": Harm(path.with_name("harmed"))})):
             path.write_bytes(content)
-            with self.assertRaisesRegex(backbones.WeightsError, f"weights.pth: {message}"):
+            with self.assertRaisesRegex(backbones.WeightsError, "weights.pth: not a readable"):
                 backbones.load_vision(path)
         self.assertFalse(path.with_name("harmed").exists() or Path("harmed").exists())
 
@@ -826,13 +815,11 @@ class Methods(unittest.TestCase):
                 ("dcris-b", {"visual_adapter_layers": (3, 12)}, "the tower has 12 blocks, 0 to 11"),
                 ("dcris-b", {"visual_adapter_rank": 100}, "rank 100 is no multiple of 16"),
                 ("dcris-b", {"length": 78}, "3 to 77"), ("dcris-b", {"batch_size": -2}, "above"),
-                ("dcris-b", {"features": (4,)}, "two blocks"),
                 ("dcris-b", {"head_heads": 7}, "head_width 512"),
                 ("dcris-b", {"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
                 ("dcris-b", {"colour": 1}, "no field colour"),
                 ("barleria", {"vision": "clip-l", "image_size": 420}, "are not the two towers"),
                 ("etris", {"bridges": 5}, "bridges 5: .* 12 and 12 blocks"),
-                ("compacter", {"tuner_rank": 6}, "tuner_rank 6 is no multiple of 4"),
                 ("nothing", {}, "no preset 'nothing'; there are shapes")):
             with self.subTest(preset, **overrides), \
                     self.assertRaisesRegex(model.ConfigError, message):
@@ -869,8 +856,6 @@ class Checkpoints(unittest.TestCase):
             model.save(place / "a.pt", net)
             held = model.read_checkpoint(place / "a.pt")
             self.assertFalse([n for n in held["tensors"] if n.startswith(("vision.", "text."))])
-            self.assertEqual(held["towers"]["vision"],
-                             {"file": "v.pth", "sha256": backbones.sha256(place / "v.pth")})
             images, tokens = torch.randn(1, 3, 56, 56), torch.tensor([[298, 4, 299]])
             again = model.load(place / "a.pt")
             self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
@@ -905,7 +890,6 @@ class Checkpoints(unittest.TestCase):
     def test_bad_checkpoints_are_refused(self):
         place = folder(self)
         model.save(place / "a.pt", model.build("shapes"))
-        whole = (place / "a.pt").read_bytes()
         held = torch.load(place / "a.pt")
         first = next(iter(held["tensors"]))
         for change, message in (
@@ -920,9 +904,6 @@ class Checkpoints(unittest.TestCase):
             with self.subTest(message), self.assertRaisesRegex(
                     backbones.WeightsError, f"b.pt: .*{message}"):
                 model.load(place / "b.pt")
-        (place / "c.pt").write_bytes(whole[:len(whole) // 2])
-        with self.assertRaisesRegex(backbones.WeightsError, "c.pt: not a readable"):
-            model.load(place / "c.pt")
 
     def test_a_failed_save_keeps_the_old_file(self):
         place = folder(self)
@@ -986,9 +967,9 @@ def released_shapes(net):
             ("txt_backbone." if detris else "backbone.", net.text, net.text.shape.family)):
         shapes |= {prefix + name: list(tensor.shape)
                    for name, tensor in published(tower, kind).items()}
-    for name, tensor in net.state_dict().items():
-        if name.startswith(("vision.", "text.")):
-            continue
+    others = {name: tensor for name, tensor in net.state_dict().items()
+              if not name.startswith(("vision.", "text."))}
+    for name, tensor in others.items():
         theirs, shape = backbones.renamed(name, model.RELEASED_NAMES), list(tensor.shape)
         if ".value." in theirs:                     # they have queries and keys, too
             theirs, shape[0] = theirs.replace("value.", "in_proj_"), 3 * shape[0]
