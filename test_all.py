@@ -660,6 +660,7 @@ class Towers(Exact):
                 x = plain_block(x, block, activation,
                                 rotated=plain_rotation if kind == "eva" else lambda x: x)
             self.same(found, plain_norm(x, tower.norm), tolerance)
+            self.assertEqual(tower.blocks[0].causal, kind.endswith("text"))
             self.assertEqual({layer.eps for layer in tower.modules()
                               if isinstance(layer, nn.LayerNorm)}, {eps})
 
@@ -774,8 +775,6 @@ class Harm:
 
 
 class Methods(unittest.TestCase):
-    """Whole models."""
-
     def test_frozen_stays_and_tuned_learns(self):
         flows = r"(visual|text)_flows\.|intertwiner\."
         towers = r"(vision|text)\.(?!mask_token|logit_scale)"
