@@ -7,6 +7,7 @@ without it, the tests of CLIP's token ids are skipped with a message.
 
 import contextlib
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -29,12 +30,12 @@ import unittest
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 
 import adapters
@@ -51,6 +52,7 @@ VOCABULARY = next((folder / "bpe_simple_vocab_16e6.txt.gz"
                    for folder in (HERE / "pretrained", HERE.parent / "shared" / "pretrained")
                    if (folder / "bpe_simple_vocab_16e6.txt.gz").is_file()), None)
 CPU = torch.device("cpu")
+SAFETENSORS = importlib.util.find_spec("safetensors")
 MANY = int(os.environ.get("MANY", 0))
 TINY = {"train": 40, "val": 8, "test": 5}           # scenes
 # The small model, smaller; dropout off, so that runs can be compared.
@@ -78,57 +80,38 @@ def folder(test):
     return Path(place.name)
 
 
-def shake(module, seed=0):
+def shake(module, spread=0.5):
     """Random numbers in all parameters, in double precision, so that nothing cancels."""
-    generator = torch.Generator().manual_seed(seed)
-    module.double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator,
-                                              dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.double().parameters():
+        nn.init.normal_(parameter, std=spread, generator=generator)
     return module
 
 
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-# ---- Plain restatements: the layers as their formulas, with nothing but sums and products ---
-
-def plain_conv(x, weight, bias):
-    high, wide = weight.shape[-2:]
-    padded = nn.functional.pad(x, [wide // 2, wide // 2, high // 2, high // 2])
-    rows, columns = x.shape[-2:]
-    out = sum(torch.einsum("bchw,dc->bdhw", padded[:, :, i:i + rows, j:j + columns],
-                           weight[:, :, i, j]) for i in range(high) for j in range(wide))
-    return out if bias is None else out + bias[:, None, None]
-
+# ---- Plain restatements: the layers as their formulas ---------------------------------------
 
 def plain_conv_bn_relu(x, layers):
-    """x is a map (B, C, H, W), or (B, C, L), which is a map of one row."""
-    if x.ndim == 3:
-        conv = SimpleNamespace(weight=layers[0].weight[:, :, None], bias=layers[0].bias)
-        return plain_conv_bn_relu(x[:, :, None], (conv, layers[1]))[:, :, 0]
-    x = plain_conv(x, layers[0].weight, layers[0].bias).movedim(1, -1)
-    mean = x.mean((0, 1, 2))
-    variance = ((x - mean) ** 2).mean((0, 1, 2))
-    x = (x - mean) / torch.sqrt(variance + layers[1].eps) * layers[1].weight + layers[1].bias
-    return x.clamp(min=0).movedim(-1, 1)
+    """x is a map (B, C, H, W), or a sequence (B, C, L)."""
+    convolve = F.conv1d if x.ndim == 3 else F.conv2d
+    x = convolve(x, layers[0].weight, layers[0].bias, padding="same").movedim(1, -1)
+    tokens = x.flatten(0, -2)
+    x = (x - tokens.mean(0)) / torch.sqrt(tokens.var(0, unbiased=False) + layers[1].eps)
+    return (x * layers[1].weight + layers[1].bias).clamp(min=0).movedim(-1, 1)
 
 
 def plain_branches(x, dense):
     """DCRIS Eq. 1: three branches, each fed by the input and all branches before it."""
-    x1 = plain_conv_bn_relu(x, dense.branch1)
-    x2 = x3 = None
-    for layer in dense.branch2:
-        x2 = plain_conv_bn_relu(torch.cat([x, x1], 1) if x2 is None else x2, layer)
-    for layer in dense.branch3:
-        x3 = plain_conv_bn_relu(torch.cat([x, x1, x2], 1) if x3 is None else x3, layer)
-    return torch.cat([x1, x2, x3], 1)
+    found = [x]
+    for branch in ([dense.branch1], dense.branch2, dense.branch3):
+        y = torch.cat(found, 1)
+        for layers in branch:
+            y = plain_conv_bn_relu(y, layers)
+        found.append(y)
+    return torch.cat(found[1:], 1)
 
 
 def plain_linear(x, layer):
-    return torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
 
 
 def plain_bottleneck(x, layers):
@@ -138,6 +121,14 @@ def plain_bottleneck(x, layers):
 def plain_norm(x, layer):
     x = x - x.mean(-1, keepdim=True)
     return x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + layer.eps) * layer.weight + layer.bias
+
+
+def plain_gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def quick_gelu(x):
+    return x / (1 + torch.exp(-1.702 * x))
 
 
 def plain_heads(q, k, v, heads, hidden=None):
@@ -151,36 +142,44 @@ def plain_heads(q, k, v, heads, hidden=None):
     return torch.cat(out, -1)
 
 
-def plain_attention(query, key, value, layer, padding=None):
-    """`layer` is an attention with PyTorch's names."""
-    weights = (layer.in_proj_weight.chunk(3) if layer.in_proj_weight is not None else
-               (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight))
-    q, k, v = (x @ weight.T + bias for x, weight, bias in
-               zip((query, key, value), weights, layer.in_proj_bias.chunk(3)))
-    hidden = None if padding is None else padding[:, None]
-    return plain_linear(plain_heads(q, k, v, layer.num_heads, hidden), layer.out_proj)
+def plain_block(x, block, activation, flows=(), rotated=lambda x: x):
+    """A block of any family, with flows (two modules or none) on its shortcuts."""
+    attention_flow, mlp_flow = flows if len(flows) else (nn.Identity(), nn.Identity())
+    attention, mlp, eva = block.attention, block.mlp, hasattr(block.mlp, "gate")
+    later = torch.ones(x.shape[1], x.shape[1]).bool().triu(1) if block.causal else None
+    y = plain_norm(x, block.norm1)
+    q, k, v = ([plain_linear(y, getattr(attention, part)) for part in ("query", "key", "value")]
+               if eva else plain_linear(y, attention.qkv).chunk(3, -1))
+    y = plain_heads(rotated(q), rotated(k), v, attention.heads, later)
+    y = plain_linear(plain_norm(y, attention.norm) if eva else y, attention.out)
+    x = attention_flow(x) + y * getattr(block.scale1, "gamma", 1)
+    y = plain_norm(x, block.norm2)
+    if eva:
+        y = activation(plain_linear(y, mlp.gate)) * plain_linear(y, mlp.up)
+        y = plain_norm(y, mlp.norm)
+    else:
+        y = activation(plain_linear(y, mlp.up))
+    return mlp_flow(x) + plain_linear(y, mlp.down) * getattr(block.scale2, "gamma", 1)
 
 
-def plain_resize(x, rows, columns):
-    """Bilinear, (B, C, h, w) to (B, C, rows, columns): places are those of the pixels' centres."""
-    for axis, new in ((2, rows), (3, columns)):
-        old = x.shape[axis]
-        at = ((torch.arange(new).double() + 0.5) * old / new - 0.5).clamp(0, old - 1)
-        low = at.long().clamp(max=old - 2)
-        share = (at - low).view(-1, *[1] * (3 - axis))
-        x = (1 - share) * x.index_select(axis, low) + share * x.index_select(axis, low + 1)
-    return x
-
-
-def plain_sines(at, width):
-    """sin and cos of at / 10000^(2i / width), in turn."""
-    rates = [at / 10000 ** (2 * i / width) for i in range(width // 2)]
-    return torch.tensor([f(rate) for rate in rates for f in (math.sin, math.cos)]).double()
+def plain_rotation(x, rows=2, columns=3):
+    """EVA-02: pairs of channels as complex numbers, multiplied by e^(i angle) at each patch."""
+    pairs = torch.view_as_complex(x[:, 1:].unflatten(-1, (-1, 2)).contiguous())
+    for n, c in itertools.product(range(rows * columns), range(pairs.shape[-1])):
+        place = n // columns / rows if c % 32 < 16 else n % columns / columns
+        angle = 16 * place * 10000 ** (-(c % 16) / 16)
+        pairs[:, n, c] *= complex(math.cos(angle), math.sin(angle))
+    return torch.cat([x[:, :1], torch.view_as_real(pairs).flatten(-2)], 1)
 
 
 def as_map(x, rows, columns):
     """Tokens (B, N, D) to a map (B, D, rows, columns)."""
     return x.transpose(1, 2).reshape(len(x), -1, rows, columns)
+
+
+def bilinear(x, rows, columns):
+    """A map (B, C, h, w) to (B, C, rows, columns)."""
+    return F.interpolate(x, (rows, columns), mode="bilinear", align_corners=False)
 
 
 class Exact(unittest.TestCase):
@@ -189,10 +188,10 @@ class Exact(unittest.TestCase):
     def setUp(self):
         torch.manual_seed(0)
 
-    def same(self, a, b):
+    def same(self, a, b, tolerance=1e-10):
         self.assertEqual(a.shape, b.shape)
         self.assertGreater(float(b.detach().std()), 1e-3)       # not a comparison of nothing
-        self.assertLess(float((a - b).detach().abs().max()), 1e-10)
+        self.assertLess(float((a - b).detach().abs().max()), tolerance)
 
 
 class Equations(Exact):
@@ -204,16 +203,13 @@ class Equations(Exact):
         f = plain_linear(x, adapter.down).clamp(min=0)
         f_v = as_map(f[:, 3:], 4, 5)
         f_dense = (plain_branches(f_v, adapter.dense) + f_v).flatten(2).transpose(1, 2)
-        projected = plain_linear(words, adapter.cross.words)
-        cross = plain_linear(plain_attention(plain_linear(f_dense, adapter.cross.query), projected,
-                                             projected, adapter.cross.attention),
-                             adapter.cross.back)
+        query, words_read = (plain_linear(y, layer).transpose(0, 1) for y, layer in (
+            (f_dense, adapter.cross.query), (words, adapter.cross.words)))
+        read = nn.MultiheadAttention.forward(           # PyTorch's own puts the batch second
+            adapter.cross.attention, query, words_read, words_read)[0].transpose(0, 1)
+        cross = plain_linear(read, adapter.cross.back)
         f_cross = torch.cat([2 * f[:, :3], cross + f[:, 3:]], 1)
         self.same(adapter(x, words, (4, 5)), 0.2 * plain_linear(f_cross, adapter.up))
-        widths = [plain_conv_bn_relu(f_v, adapter.dense.branch1).shape[1],
-                  *(branch[1][0].out_channels
-                    for branch in (adapter.dense.branch2, adapter.dense.branch3))]
-        self.assertEqual(widths, [16, 8, 8])
 
     def test_text_adapter_equation_3(self):
         x = torch.randn(2, 5, 20).double()
@@ -223,75 +219,34 @@ class Equations(Exact):
         f_w = plain_bottleneck(x, (adapter.down, None, adapter.up))
         self.same(adapter(x), x + 0.2 * f_w)
 
-    def test_dense_text_adapter(self):
-        adapter = shake(adapters.DenseTextAdapter(20, 32))
-        x = torch.randn(2, 6, 20).double()
-        f = plain_linear(x, adapter.down).clamp(min=0)
-        branches = plain_branches(f[:, 1:].transpose(1, 2), adapter.dense).transpose(1, 2)
-        hidden = torch.cat([2 * f[:, :1], branches + f[:, 1:]], 1)
-        self.same(adapter(x), x + 0.2 * plain_linear(hidden, adapter.up))
-
     def test_neck_equation_4(self):
-        for residual in (True, False):
-            neck = shake(head.Neck([6, 8, 10], 12, 16, residual))
-            features = [torch.randn(2, c, 4, 5).double() for c in (6, 8, 10)]
-            sentence = torch.randn(2, 12).double()
-            s = plain_linear(sentence, neck.sentence)[:, None]
-            gated = []
-            for x, layers, gate in zip(features, neck.maps, neck.gates):
-                x = plain_conv_bn_relu(x, layers)
-                # The attention in full: any queries and keys, one token to look at.
-                full = nn.MultiheadAttention(16, 4, batch_first=True).double()
-                full.load_state_dict({
-                    "in_proj_weight": torch.cat([torch.randn(32, 16), gate.value.weight]),
-                    "in_proj_bias": torch.cat([torch.randn(32), gate.value.bias]),
-                    "out_proj.weight": gate.out.weight, "out_proj.bias": gate.out.bias})
-                fused = plain_attention(x.flatten(2).transpose(1, 2), s, s, full)
-                gated.append(x * as_map(fused, 4, 5))
-            f_f = plain_conv_bn_relu(torch.cat(gated, 1), neck.fuse)
-            place = torch.tensor([[[2 * j / 4 - 1 for j in range(5)] for i in range(4)],
-                                  [[2 * i / 3 - 1 for j in range(5)] for i in range(4)]],
-                                 dtype=torch.float64)
-            out = torch.cat([f_f, place.expand(2, -1, -1, -1)], 1)
-            for layers in neck.coordinates:
-                out = plain_conv_bn_relu(out, layers)
-            with self.subTest(residual=residual):
-                self.same(neck(features, sentence), out + f_f if residual else out)
-
-    def test_decoder(self):
-        decoder = shake(head.Decoder(16, 12, heads=4, layers=2, dropout=0.0))
-        x, words = torch.randn(2, 16, 3, 5).double(), torch.randn(2, 6, 12).double()
-        padding = torch.arange(6) >= torch.tensor([[4], [6]])
-        places = torch.stack([torch.cat([plain_sines(column, 8), plain_sines(row, 8)])
-                              for row in range(3) for column in range(5)])
-        word_places = torch.stack([plain_sines(at, 12) for at in range(6)])
-        y = x.flatten(2).transpose(1, 2)
-        for layer in decoder.layers:
-            z = plain_norm(y, layer.norm1)
-            z = plain_attention(z + places, z + places, z, layer.self_attention)
-            y = y + plain_norm(z, layer.self_attention_norm)
-            z = plain_norm(y, layer.norm2) + places
-            z = plain_attention(z, words + word_places, words, layer.cross_attention, padding)
-            y = y + plain_norm(z, layer.cross_attention_norm)
-            z = plain_linear(plain_norm(y, layer.norm3), layer.feed_forward[0]).clamp(min=0)
-            y = y + plain_linear(plain_norm(z, layer.feed_forward[3]), layer.feed_forward[4])
-        y = as_map(plain_norm(y, decoder.norm), 3, 5)
-        # The module makes its positions in single precision: they are compared apart.
-        self.assertLess(float((head.sine_positions_2d(3, 5, 16) - places).abs().max()), 1e-6)
-        self.assertLess(float((head.sine_positions(6, 12) - word_places).abs().max()), 1e-6)
-        with mock.patch.object(head, "sine_positions_2d", lambda *_: places), \
-                mock.patch.object(head, "sine_positions", lambda *_: word_places):
-            self.same(decoder(x, words, padding), y)
+        neck = shake(head.Neck([6, 8, 10], 12, 16, residual=True))
+        features = [torch.randn(2, c, 4, 5).double() for c in (6, 8, 10)]
+        sentence = torch.randn(2, 12).double()
+        s = plain_linear(sentence, neck.sentence)
+        gated = [plain_conv_bn_relu(x, layers)
+                 * plain_linear(plain_linear(s, gate.value), gate.out)[:, :, None, None]
+                 for x, layers, gate in zip(features, neck.maps, neck.gates)]
+        f_f = plain_conv_bn_relu(torch.cat(gated, 1), neck.fuse)
+        place = torch.zeros(2, 4, 5).double()
+        for i, j in itertools.product(range(4), range(5)):
+            place[:, i, j] = torch.tensor([2 * j / 4 - 1, 2 * i / 3 - 1], dtype=torch.float64)
+        out = torch.cat([f_f, place.expand(2, -1, -1, -1)], 1)
+        for layers in neck.coordinates:
+            out = plain_conv_bn_relu(out, layers)
+        self.same(neck(features, sentence), out + f_f)
+        neck.residual = False
+        self.same(neck(features, sentence), out)
 
     def test_projector_equation_5(self):
         projector = shake(head.Projector(8, 12))
         x, sentence = torch.randn(3, 8, 3, 4).double(), torch.randn(3, 12).double()
-        f_c = plain_conv_bn_relu(plain_resize(x, 6, 8), projector.image[0])
-        f_c = plain_conv_bn_relu(plain_resize(f_c, 12, 16), projector.image[1])
-        f_c = plain_conv(f_c, projector.image[2].weight, projector.image[2].bias)
+        f_c = plain_conv_bn_relu(bilinear(x, 6, 8), projector.image[0])
+        f_c = plain_conv_bn_relu(bilinear(f_c, 12, 16), projector.image[1])
+        f_c = F.conv2d(f_c, projector.image[2].weight, projector.image[2].bias)
         f_l = plain_linear(sentence, projector.sentence)
         self.same(projector(x, sentence), torch.cat([
-            plain_conv(f_c[i:i + 1], f_l[i, :-1].reshape(1, 4, 3, 3), f_l[i, -1:])
+            F.conv2d(f_c[i:i + 1], f_l[i, :-1].reshape(1, 4, 3, 3), f_l[i, -1:], padding=1)
             for i in range(3)]))
 
     def test_loss_equation_6(self):
@@ -312,7 +267,7 @@ class Equations(Exact):
         x, weight, bias = (torch.randn(*shape).double().requires_grad_()
                            for shape in ((2, 3, 5), (4, 5), (4,)))
         product, frozen = backbones.LinearByOneDNN.apply, (weight.detach(), bias.detach())
-        with mock.patch.object(backbones, "onednn_linear", nn.functional.linear):
+        with mock.patch.object(backbones, "onednn_linear", F.linear):
             for inputs in ((x, weight, bias), (x, weight, None), (x, *frozen),
                            (x[0, 0], weight, bias), (x.detach(), weight, bias)):
                 self.assertTrue(torch.autograd.gradcheck(product, inputs))
@@ -320,16 +275,12 @@ class Equations(Exact):
             self.assertIsNone(product(x, *frozen).grad_fn.saved_tensors[0])
         # Where the machine has it, large layers go there, and agree with PyTorch's.
         layer, x = backbones.Linear(512, 640), torch.randn(2, 128, 512, requires_grad=True)
-        found = []
-        for way in (backbones.ONEDNN_LINEAR, None):
-            with mock.patch.object(backbones, "ONEDNN_LINEAR", way):
-                out = layer(x)
-                self.assertEqual("OneDNN" in type(out.grad_fn).__name__, way is not None)
-                self.assertNotIn("OneDNN", type(layer(x[:, :10]).grad_fn).__name__)
-                found.append(
-                    (out, *torch.autograd.grad((out ** 2).sum(), (x, *layer.parameters()))))
-        for one, plain in zip(*found):
-            self.assertLess(float((one - plain).detach().abs().max() / plain.std()), 1e-5)
+        out, plain = layer(x), F.linear(x, layer.weight, layer.bias)
+        self.assertEqual("OneDNN" in type(out.grad_fn).__name__, bool(backbones.ONEDNN_LINEAR))
+        self.assertNotIn("OneDNN", type(layer(x[:, :10]).grad_fn).__name__)
+        for a, b in zip(*((y, *torch.autograd.grad((y ** 2).sum(), (x, *layer.parameters())))
+                          for y in (out, plain))):
+            self.same(a / b.std(), b / b.std(), 1e-5)
 
     def test_attention_with_dropout(self):
         """Which weights are dropped is random. With v the identity, the output is the weights."""
@@ -350,31 +301,24 @@ class Equations(Exact):
 
         q, k, v = (torch.randn(2, 3, n, 4).double().requires_grad_() for n in (5, 7, 7))
         self.assertTrue(torch.autograd.gradcheck(drawn_alike, (q, k, v)))
-        x = torch.randn(2, 9, 12)               # bfloat16 on CPUs goes the same way
-        half = backbones.attend(*3 * [x.bfloat16()], heads=3)
-        self.assertEqual(half.dtype, torch.bfloat16)
-        self.assertLess((half - backbones.attend(x, x, x, heads=3)).abs().max(), 0.03)
 
 
-def plain_block(x, block, flows=()):
-    """A CLIP block, with flows (two modules or none) on its shortcuts."""
-    attention_flow, mlp_flow = flows if len(flows) else (nn.Identity(), nn.Identity())
-    qkv = plain_linear(plain_norm(x, block.norm1), block.attention.qkv).chunk(3, -1)
-    later = torch.ones(x.shape[1], x.shape[1]).bool().triu(1) if block.causal else None
-    mixed = plain_heads(*qkv, block.attention.heads, later)
-    x = attention_flow(x) + plain_linear(mixed, block.attention.out)
-    up = plain_linear(plain_norm(x, block.norm2), block.mlp.up)
-    return mlp_flow(x) + plain_linear(up / (1 + torch.exp(-1.702 * up)), block.mlp.down)
 
-
-def tiny_barleria(depth=2, text_depth=2, **overrides):
+def tiny_barleria(depth=2, **overrides):
     """A whole BarLeRIa, small enough to be written out."""
     config = replace(model.PRESETS["shapes-barleria"], image_size=24, features=(0, 1),
                      train_towers=False, **overrides)
     vision = backbones.ViT(backbones.VisionShape(4, 16, depth, 2, grid=3, embed=8, family="clip"))
-    text = backbones.TextTransformer(backbones.TextShape(12, text_depth, 3, 8, 40, 9))
-    return shake(model.BarLeRIa(config, vision.requires_grad_(False),
-                                text.requires_grad_(False)))
+    text = backbones.TextTransformer(backbones.TextShape(12, 2, 3, 8, 40, 9))
+    return shake(model.BarLeRIa(config, backbones.freeze(vision), backbones.freeze(text)))
+
+
+def batch(net, count=2):
+    """Random images and one sentence for a model."""
+    size = net.config.image_size
+    tokens = torch.zeros(count, net.config.length, dtype=torch.int64)
+    tokens[:, :5] = torch.tensor([510, 30, 40, 50, net.text.shape.vocabulary - 1])
+    return torch.randn(count, 3, size, size), tokens
 
 
 class BarleriaEquations(Exact):
@@ -388,7 +332,7 @@ class BarleriaEquations(Exact):
     def test_flow_equation_1(self):
         flow = adapters.NormalizingFlow(6, steps=3).double()
         x = torch.randn(2, 5, 6).double()
-        self.assertLess(float((flow(x) - x).abs().max()), 0.02)     # it starts near the identity
+        self.same(flow(x), x, 0.02)                         # it starts near the identity
         shake(flow)
         z = flow.mu + torch.exp(flow.log_sigma) * x
         for j in range(3):
@@ -406,17 +350,16 @@ class BarleriaEquations(Exact):
                 cls = plain_bottleneck(x[:, :1], twine.class_token)
                 for j in (i,) if depth == 2 else (2 * i, 2 * i + 1):
                     y = plain_block(torch.cat([x[:, :1], words, x[:, 1:]], 1),
-                                    net.vision.blocks[j], net.visual_flows[j])
+                                    net.vision.blocks[j], quick_gelu, net.visual_flows[j])
                     x = torch.cat([y[:, :1], y[:, 1 + 6:]], 1)
                     stages.append(x)
-                t = plain_block(torch.cat([cls, t], 1), block, net.text_flows[i])[:, 1:]
-            found, words, sentence = net.local_branch(self.images, self.tokens, (6, 6))
-            self.assertEqual(len(found), depth)
-            for a, b in zip(found, stages):
-                self.same(a, b)
+                t = plain_block(torch.cat([cls, t], 1), block, quick_gelu, net.text_flows[i])[:, 1:]
             t = plain_norm(t, net.text.norm)
-            self.same(words, t)
-            self.same(sentence, torch.stack([t[0, 3], t[1, 5]]) @ net.text.projection)
+            sentence = torch.stack([t[0, 3], t[1, 5]]) @ net.text.projection
+            found, *ends = net.local_branch(self.images, self.tokens, (6, 6))
+            self.assertEqual(len(found), depth)
+            for a, b in zip([*found, *ends], [*stages, t, sentence]):
+                self.same(a, b)
 
     def test_global_prior_equation_4(self):
         words, patches = torch.randn(2, 6, 8).double(), torch.randn(2, 10, 8).double()
@@ -435,26 +378,23 @@ class BarleriaEquations(Exact):
             16, 12, 8, out_width=10, width=6, heads=2, blocks=2, queries=3, rank=5, patch=5,
             side=4))
         words, prior = torch.randn(2, 6, 12).double(), torch.randn(2, 6 + 36, 8).double()
-        stages = [torch.randn(2, 36, 16).double() for _ in range(2)]
+        stages = torch.randn(2, 2, 36, 16).double()
 
         def resized(x, old, new):
-            return plain_resize(as_map(x, old, old), new, new).flatten(2).transpose(1, 2)
+            return bilinear(as_map(x, old, old), new, new).flatten(2).transpose(1, 2)
 
-        image = torch.stack([
-            (self.images[:, None, :, 5 * i:5 * i + 5, 5 * j:5 * j + 5]
-             * net.patch.weight).sum((2, 3, 4)) + net.patch.bias
-            for i in range(4) for j in range(4)], 1) + net.position
+        image = F.conv2d(self.images, net.patch.weight, net.patch.bias, stride=5)
+        image = image.flatten(2).transpose(1, 2) + net.position
         queries, w = net.queries.expand(2, -1, -1), plain_bottleneck(words, net.words)
         for i, (block, side) in enumerate(zip(net.blocks, (4, 6))):
-            patches = resized(prior[:, 6:], 6, side)
-            p = plain_linear(torch.cat([prior[:, :6], patches], 1), net.priors[i])
-            p = torch.cat([torch.zeros(2, 3, 6).double(), p], 1)
+            p = torch.cat([prior[:, :6], resized(prior[:, 6:], 6, side)], 1)
+            p = torch.cat([torch.zeros(2, 3, 6).double(), plain_linear(p, net.priors[i])], 1)
             x = torch.cat([queries, w, image], 1)                               # Eq. 5
             q, k, v = plain_linear(plain_norm(x, block.norm1), block.qkv).chunk(3, -1)
-            v = v + p @ block.prior.weight.T                                    # Eq. 6
+            v = v + plain_linear(p, block.prior)                                # Eq. 6
             x = x + plain_linear(plain_heads(q, k, v, heads=2), block.out)
             up = plain_linear(plain_norm(x, block.norm2), block.mlp[0])
-            x = x + plain_linear(up * 0.5 * (1 + torch.erf(up / math.sqrt(2))), block.mlp[2])
+            x = x + plain_linear(plain_gelu(up), block.mlp[2])
             queries, w, image = x[:, :3], x[:, 3:9], resized(x[:, 9:], side, 6)             # Eq. 7
             image = image + plain_linear(plain_norm(stages[i], net.stage[0]), net.stage[1])  # Eq. 8
         out = as_map(plain_linear(image, net.out), 6, 6)
@@ -469,131 +409,46 @@ class BarleriaEquations(Exact):
         padding = backbones.after_end(self.tokens)
         prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:], padding)
         f_out = net.global_branch(self.images, words, prior, [x[:, 1:] for x in stages], (6, 6))
-        self.assertFalse(net.head.neck.residual)                # Eq. 11: tested with DCRIS Eq. 4
+        self.assertFalse(net.head.neck.residual)                # Eq. 11
         f_mm = net.head.decoder(net.head.neck(maps, sentence) + f_out, words, padding)
-        # Eq. 12: tested with DCRIS Eq. 5
-        self.same(net(self.images, self.tokens), net.head.projector(f_mm, sentence))
-
-    def test_without_visitors_and_flows_the_towers_are_themselves(self):
-        net = tiny_barleria(visual_flows=False, text_flows=False, intertwined=False)
-        stages, *found = net.local_branch(self.images, self.tokens, (6, 6))
-        for a, b in zip((net.vision.norm(stages[-1]), *found),
-                        (net.vision(self.images), *net.text(self.tokens))):
-            self.assertTrue(torch.equal(a, b))
+        self.same(net(self.images, self.tokens), net.head.projector(f_mm, sentence))    # Eq. 12
 
     def test_gradient_stops_at_the_prior_and_the_stages(self):
         net = tiny_barleria()
-        stages, words, _ = net.local_branch(self.images, self.tokens, (6, 6))
-        projected = net.vision.projection(net.vision.norm(stages[-1]))
-        self.assertTrue(words.requires_grad and projected.requires_grad)
-        prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:],
+        stages, words, patches = (x.requires_grad_() for x in (
+            torch.randn(2, 2, 36, 16).double(), torch.randn(2, 6, 12).double(),
+            torch.randn(2, 36, 8).double()))
+        prior = adapters.global_prior(words @ net.text.projection, patches,
                                       backbones.after_end(self.tokens))
         self.assertFalse(prior.requires_grad)
-        leaves = [x[:, 1:].detach().requires_grad_() for x in stages]
-        words = words.detach().requires_grad_()
-        net.global_branch(self.images, words, prior, leaves, (6, 6)).square().sum().backward()
-        self.assertTrue(all(x.grad is None for x in leaves))        # F_v^i
+        net.global_branch(self.images, words, prior, stages, (6, 6)).square().sum().backward()
+        self.assertIsNone(stages.grad)                          # F_v^i
         self.assertGreater(float(words.grad.abs().max()), 1e-6)     # the words get one
-        net.zero_grad()
-        net(self.images, self.tokens).square().sum().backward()
-        for name, parameter in net.named_parameters():
-            self.assertEqual(parameter.grad is not None and bool(parameter.grad.any()),
-                             parameter.requires_grad, name)
 
 
 class Tuners(Exact):
     """The methods that the papers compare with."""
 
-    def test_bridge(self):
-        first, second = (shake(adapters.Bridge(10, 12, width=16, heads=8, first_stage=i == 0,
-                                               last_stage=i == 1))
-                         for i in range(2))
-        patches, words = torch.randn(2, 6, 10).double(), torch.randn(2, 5, 12).double()
-        p, w, before = patches, words, None
-        for bridge in (first, second):
-            v = plain_conv_bn_relu(p.transpose(1, 2), bridge.patches_down).transpose(1, 2)
-            t = plain_linear(w, bridge.words_down)
-            if before is not None:
-                v = plain_norm(v + before[0], bridge.patches_norm)
-                t = plain_norm(t + before[1], bridge.words_norm)
-            before = v, t
-            read_v = v * plain_attention(v, t, t, bridge.patches_read)
-            read_t = t * plain_attention(t, v, v, bridge.words_read)
-            p = p + plain_conv_bn_relu(read_v.transpose(1, 2), bridge.patches_up).transpose(1, 2)
-            w = w + plain_linear(read_t, bridge.words_up)
-        found = second(*first(patches, words))
-        self.same(found[0], p)
-        self.same(found[1], w)
-
-    def test_etris_bridges_after_every_part_of_the_towers(self):
-        net, calls = model.build("shapes-etris").eval(), []
-        for name, module in net.named_modules():
-            if re.fullmatch(r"((vision|text)\.blocks|bridges)\.\d", name):
-                module.register_forward_hook(lambda *_, name=name: calls.append(name))
-        net(*Methods.batch(self, net))
-        self.assertEqual(calls, ["vision.blocks.0", "vision.blocks.1", "text.blocks.0", "bridges.0",
-                                 "vision.blocks.2", "vision.blocks.3", "text.blocks.1",
-                                 "bridges.1"])
-
     def test_compacter_weight_is_a_sum_of_kronecker_products(self):
-        factors = torch.randn(4, 4, 4).double()
-        layer = shake(adapters.KroneckerLinear(12, 8, factors))
+        x, factors = torch.randn(2, 3, 12).double(), torch.randn(4, 4, 4).double()
+        adapter = adapters.CompacterAdapter(12, 8, factors).double()
+        self.assertTrue(torch.equal(adapter(x), x))         # it starts as the identity
+        layer = shake(adapter).down
         weight = sum(torch.kron(factors[i], layer.b[i]) for i in range(4))
-        for shape in ((5, 12), (2, 3, 12)):
-            x = torch.randn(shape).double()
-            self.same(layer(x), x @ weight.T + layer.bias)
-        owners = [name for name, _ in model.build("shapes-compacter").named_parameters(
-            remove_duplicate=False) if "factors" in name]
-        self.assertEqual(owners, ["factors"])
+        self.same(layer(x), x @ weight.T + layer.bias)
+        self.same(adapter(x), x + adapter.up(layer(x).clamp(min=0)))
 
     def test_lora_is_beside_its_layer_and_merges_into_it(self):
-        x = torch.randn(2, 3, 12).double()
-        lora = shake(adapters.LoRA(nn.Linear(12, 18), rank=2, parts=3))
-        beside = [x @ lora.down[i].T @ lora.up[i].T for i in range(3)]
-        self.same(lora(x), plain_linear(x, lora.frozen) + torch.cat(beside, -1))
-        merged = lora.frozen.weight + (lora.up @ lora.down).flatten(0, 1)
-        self.same(lora(x), x @ merged.T + lora.frozen.bias)
-
-    def test_at_their_start_tuners_are_the_frozen_model(self):
-        for name in ("houlsby", "compacter", "lora"):
-            torch.manual_seed(0)
-            plain = model.build("shapes-fixed").eval()
-            torch.manual_seed(0)
-            tuned = model.build(f"shapes-{name}").eval()
-            tuned.head.load_state_dict(plain.head.state_dict())
-            images, tokens = Methods.batch(self, plain)
-            self.assertTrue(torch.equal(tuned(images, tokens), plain(images, tokens)), name)
-
-    def test_what_learns(self):
-        for name, prefixes in (
-                ("full", ("vision.", "text.")), ("fixed", ()),
-                ("houlsby", ("vision.blocks.0.mlp.1.", "text.blocks.1.mlp.1.")),
-                ("compacter", ("vision.blocks.3.mlp.1.", "factors")),
-                ("lora", ("vision.blocks.0.mlp.down.up", "text.blocks.0.attention.qkv.down")),
-                ("etris", ("bridges.0.", "bridges.1.")), ("snf", ("visual_flows.3.1.",)),
-                ("snf-etris", ("visual_flows.0.0.", "bridges.1.")),
-                ("barleria-local", ("text_flows.1.0.", "intertwiner."))):
-            net = model.build(f"shapes-{name}").train()
-            for parameter in net.parameters():          # nothing zero that hides a gradient
-                if parameter.requires_grad and not parameter.any():
-                    nn.init.normal_(parameter, std=0.02)
-            net(*Methods.batch(self, net)).square().sum().backward()
-            learn = {n for n, p in net.named_parameters() if p.requires_grad}
-            self.assertEqual(learn, {n for n, p in net.named_parameters()
-                                     if p.grad is not None and p.grad.any()}, name)
-            for prefix in prefixes:
-                self.assertTrue(any(n.startswith(prefix) for n in learn), (name, prefix))
-            if name not in ("full", "etris", "snf-etris"):
-                self.assertFalse(any(n.startswith(("vision.patch", "text.embedding"))
-                                     for n in learn), name)
+        x, frozen = torch.randn(2, 3, 12).double(), nn.Linear(12, 18).double()
+        lora = adapters.LoRA(frozen, rank=2, parts=3).double()
+        self.assertTrue(torch.equal(lora(x), frozen(x)))    # it starts as the frozen layer
+        shake(lora)
+        merged = frozen.weight + torch.cat([up @ down for up, down in zip(lora.up, lora.down)])
+        self.same(lora(x), x @ merged.T + frozen.bias)
 
 
 class Counts(unittest.TestCase):
     """Parameters, exactly, and the papers' printed millions."""
-
-    def tuned(self, preset, **overrides):
-        with torch.device("meta"):
-            return model.count(model.build(preset, **overrides))["tuned"]
 
     def test_readme_says_what_the_program_says(self):
         readme = (HERE / "README.md").read_text()
@@ -603,12 +458,6 @@ class Counts(unittest.TestCase):
         for published in model.PUBLISHED.values():
             self.assertIn(f"`{published.file}`", readme)
             self.assertIn(f"<{published.address}>", readme)
-        known = "".join((HERE / name).read_text() for name in ("train.py", "evaluate.py"))
-        for flag in set(re.findall(r"(?<=[ `])--[a-z][a-z_-]+", readme)):
-            field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
-            self.assertTrue(f'"{flag}"' in known or hasattr(model.Config, field) or flag in (
-                "--nnodes", "--nproc_per_node", "--rdzv-endpoint", "--max-restarts", "--help"),
-                flag)
 
     def test_parts(self):
         with torch.device("meta"):
@@ -620,109 +469,130 @@ class Counts(unittest.TestCase):
                     (382_896, adapters.DenseCrossAdapter(768, 128, 512, 0.1)),
                     (66_112, adapters.BottleneckAdapter(512, 64, 0.2)),
                     (69_720, adapters.DenseTextAdapter(512, 64)),
-                    (1_815_440, model.build("barleria").global_branch)):
-                self.assertEqual(parameters(module), count, type(module))
-            for name, positions in (("barleria", (1 + 26 ** 2) * 768 + 77 * 512), ("dcris-b", 0),
-                                    ("snf", (1 + 26 ** 2) * 768 + 77 * 512),
-                                    ("barleria-eva", 77 * 512)):
-                self.assertEqual(model.count(model.build(name))["positions"], positions, name)
+                    (1_815_440, model.build("barleria").global_branch),
+                    (598_592, model.build("etris", bridge_width=64).bridges)):  # the released file
+                self.assertEqual(sum(p.numel() for p in module.parameters()), count, type(module))
+
+    def test_presets(self):
+        rows = {row["preset"]: row for row in json.loads(program(model, "--json")[1])}
         for name, tuned in (
                 ("dcris-b", 6 * (382_896 + 66_112)), ("fixed", 0), ("full", 149_971_456),
                 ("houlsby", 1_982_976), ("lora", 1_572_864), ("etris", 1_387_648),
                 ("etris-dino", 1_387_648), ("snf", 184_416), ("snf-etris", 1_387_648 + 184_416),
                 ("barleria-local", 390_656), ("barleria", 2_206_096)):
-            self.assertEqual(self.tuned(name), tuned, name)
-        self.assertEqual(self.tuned("etris", bridge_width=64), 598_592)     # the released file
-
-    def test_papers_figures(self):
-        rows = json.loads(program(model, "--json")[1])
-        self.assertEqual([row["preset"] for row in rows], list(model.PRESETS))
-        printed = {row["preset"]: f"{row['tuned'] / 1e6:.2f}" for row in rows
-                   if row["paper_millions"] is not None}
-        self.assertEqual(printed, {name: f"{paper:.2f}" for name, paper in model.PAPER.items()})
+            self.assertEqual(rows[name]["tuned"], tuned, name)
+        self.assertEqual({name: f"{paper:.2f}" for name, paper in model.PAPER.items()}, {
+            name: f"{row['tuned'] / 1e6:.2f}" for name, row in rows.items()
+            if row["paper_millions"] is not None})
+        for name, positions in (("barleria", (1 + 26 ** 2) * 768 + 77 * 512), ("dcris-b", 0),
+                                ("snf", (1 + 26 ** 2) * 768 + 77 * 512),
+                                ("barleria-eva", 77 * 512)):
+            self.assertEqual(rows[name]["positions"], positions, name)
 
     def test_dcris_tables_3_to_5(self):
-        odd = (1, 3, 5, 7, 9, 11)
-        for visual, text, tuned in ((odd, (), 6 * 382_896), ((), odd, 6 * 66_112)):     # Table 3
-            self.assertEqual(self.tuned("dcris-b", visual_adapter_layers=visual,
-                                        text_adapter_layers=text), tuned)
-        for visual, text in ((64, 64), (128, 64), (128, 128), (256, 128)):              # Table 4
+        rows = [(6, 0, 128, 64, 2.30), (0, 6, 128, 64, 0.40),                           # Table 3
+                (6, 6, 64, 64, 1.91), (6, 6, 128, 128, 3.09), (6, 6, 256, 128, 4.83)]   # Table 4
+        for layers, millions in ((1, 0.45), (2, 0.90), (3, 1.35), (4, 1.80), (5, 2.25), (6, 2.69),
+                                 (7, 3.14), (8, 3.59), (12, 5.39)):                     # Table 5
+            rows.append((layers, layers, 128, 64, millions))
+        for visual, text, visual_rank, text_rank, millions in rows:
             with torch.device("meta"):
-                parts = (adapters.DenseCrossAdapter(768, visual, 512, 0.1),
-                         adapters.BottleneckAdapter(512, text, 0.2))
-            self.assertEqual(
-                self.tuned("dcris-b", visual_adapter_rank=visual, text_adapter_rank=text),
-                6 * sum(parameters(part) for part in parts))
-        for layers, millions in (                                                       # Table 5
-                ((8,), "0.45"), ((6, 11), "0.90"), ((4, 8, 11), "1.35"), ((3, 6, 9, 11), "1.80"),
-                ((3, 5, 7, 9, 11), "2.25"), (odd, "2.69"), ((1, 3, 5, 7, 9, 10, 11), "3.14"),
-                ((1, 3, 4, 5, 7, 9, 10, 11), "3.59"), (tuple(range(12)), "5.39")):
-            tuned = self.tuned("dcris-b", visual_adapter_layers=layers, text_adapter_layers=layers)
-            self.assertEqual(f"{tuned / 1e6:.2f}", millions, layers)
+                net = model.build(
+                    "dcris-b", visual_adapter_layers=tuple(range(visual)),
+                    visual_adapter_rank=visual_rank, text_adapter_layers=tuple(range(text)),
+                    text_adapter_rank=text_rank)
+            self.assertEqual(round(model.count(net)["tuned"] / 1e6, 2), millions)
 
 
-def drawn_tensors(shapes, layers):
-    """Random tensors of these shapes, and a weight and a bias for each of the layers."""
-    for name, shape in layers.items():
-        shapes = {**shapes, f"{name}weight": shape, f"{name}bias": shape[:1]}
-    return {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+# What the publishers' files call a tensor or a layer, where it is not as here.
+DINOV2 = {
+    "class_token": "cls_token", "position": "pos_embed", "registers": "register_tokens",
+    "patch.": "patch_embed.proj.", "attention.qkv.": "attn.qkv.", "attention.out.": "attn.proj.",
+    "mlp.up.": "mlp.fc1.", "mlp.down.": "mlp.fc2.", "scale1.gamma": "ls1.gamma",
+    "scale2.gamma": "ls2.gamma"}
+CLIP = {
+    "class_token": "class_embedding", "position": "positional_embedding", "patch.": "conv1.",
+    "embedding.": "token_embedding.", "norm_before.": "ln_pre.", "norm.": "ln_post.",
+    "projection.weight": "proj", "projection": "text_projection",
+    "blocks.": "transformer.resblocks.", "norm1.": "ln_1.", "norm2.": "ln_2.",
+    "attention.qkv.": "attn.in_proj_", "attention.out.": "attn.out_proj.",
+    "mlp.up.": "mlp.c_fc.", "mlp.down.": "mlp.c_proj."}
+EVA = {
+    "class_token": "cls_token", "position": "pos_embed", "patch.": "patch_embed.proj.",
+    "projection.": "head.", "attention.query.weight": "attn.q_proj.weight",
+    "attention.query.bias": "attn.q_bias", "attention.key.": "attn.k_proj.",
+    "attention.value.weight": "attn.v_proj.weight", "attention.value.bias": "attn.v_bias",
+    "attention.norm.": "attn.inner_attn_ln.", "attention.out.": "attn.proj.",
+    "mlp.gate.": "mlp.w1.", "mlp.up.": "mlp.w2.", "mlp.norm.": "mlp.ffn_ln.",
+    "mlp.down.": "mlp.w3."}
+HF_DINOV2 = {
+    "class_token": "embeddings.cls_token", "position": "embeddings.position_embeddings",
+    "registers": "embeddings.register_tokens", "mask_token": "embeddings.mask_token",
+    "patch.": "embeddings.patch_embeddings.projection.", "norm.": "layernorm.",
+    "blocks.": "encoder.layer.", "attention.qkv.": "attention.attention.qkv.",
+    "attention.out.": "attention.output.dense.", "scale1.gamma": "layer_scale1.lambda1",
+    "scale2.gamma": "layer_scale2.lambda1", "mlp.up.": "mlp.fc1.", "mlp.down.": "mlp.fc2."}
+HF_CLIP = {
+    "class_token": "embeddings.class_embedding",
+    "position": "embeddings.position_embedding.weight", "embedding.": "embeddings.token_embedding.",
+    "patch.": "embeddings.patch_embedding.", "norm_before.": "pre_layrnorm.",
+    "norm.": "post_layernorm.", "projection.": "visual_projection.",
+    "projection": "text_projection.weight", "blocks.": "encoder.layers.",
+    "norm1.": "layer_norm1.", "norm2.": "layer_norm2.", "attention.qkv.": "self_attn.qkv.",
+    "attention.out.": "self_attn.out_proj.", "mlp.up.": "mlp.fc1.", "mlp.down.": "mlp.fc2."}
+LAYOUTS = {             # what most names begin with, and the names
+    "dinov2": ("", DINOV2), "clip": ("visual.", CLIP), "eva": ("visual.", EVA),
+    "clip text": ("", {**CLIP, "norm.": "ln_final."}),
+    "eva text": ("text.", {**CLIP, "norm.": "ln_final."}),
+    "hf dinov2": ("", HF_DINOV2), "hf clip": ("vision_model.", HF_CLIP),
+    "hf clip text": ("text_model.", {**HF_CLIP, "norm.": "final_layer_norm."})}
 
 
-def dinov2_state(width=128, depth=2, patch=14, grid=5):
-    """Random tensors under the official names and in the official shapes."""
-    one, square, up = (width,), (width, width), (4 * width, width)
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid ** 2, width),
-              "register_tokens": (1, 4, width), "mask_token": (1, width)}
-    layers = {"patch_embed.proj.": (width, 3, patch, patch), "norm.": one}
-    for b in (f"blocks.{i}." for i in range(depth)):
-        shapes |= {f"{b}ls1.gamma": one, f"{b}ls2.gamma": one}
-        layers |= {f"{b}norm1.": one, f"{b}norm2.": one, f"{b}attn.qkv.": (3 * width, width),
-                   f"{b}attn.proj.": square, f"{b}mlp.fc1.": up, f"{b}mlp.fc2.": up[::-1]}
-    return drawn_tensors(shapes, layers)
+def published(tower, kind):
+    """A tower's tensors under the names and in the shapes of its publisher's files."""
+    prefix, names = LAYOUTS[kind]
+    layers = ["query", "key", "value"] if kind == "hf dinov2" else ["q_proj", "k_proj", "v_proj"]
+    out = {}
+    for ours, tensor in tower.state_dict().items():
+        block, name, part = re.fullmatch(r"(blocks\.\d+\.|)(.+?)(weight|bias|)", ours).groups()
+        theirs = names.get(name + part) or names.get(name, name) + part
+        theirs = block.replace("blocks.", names.get("blocks.", "blocks.")) + theirs
+        if "clip" in kind and ours in ("class_token", "position"):
+            tensor = tensor.squeeze()
+        if theirs in ("proj", "text_projection.weight"):
+            tensor = tensor.T
+        if theirs not in ("logit_scale", "visual_projection.weight", "text_projection.weight"):
+            theirs = prefix + theirs
+        if "hf" in kind and "qkv" in theirs:
+            out |= {theirs.replace("qkv", layer): rows.clone()
+                    for layer, rows in zip(layers, tensor.chunk(3))}
+        else:
+            out[theirs] = tensor.clone()
+    return out
 
 
-def clip_state(width=128, depth=2, vision_width=128, grid=3, patch=16):
-    """The same for OpenAI's CLIP, both towers."""
-    shapes = {"token_embedding.weight": (300, width), "positional_embedding": (77, width),
-              "text_projection": (width, 64), "logit_scale": (),
-              "visual.class_embedding": (vision_width,), "visual.proj": (vision_width, 64),
-              "visual.positional_embedding": (1 + grid ** 2, vision_width),
-              "visual.conv1.weight": (vision_width, 3, patch, patch)}
-    layers = {"ln_final.": (width,), "visual.ln_pre.": (vision_width,),
-              "visual.ln_post.": (vision_width,)}
-    for prefix, d in (("", width), ("visual.", vision_width)):
-        for b in (f"{prefix}transformer.resblocks.{i}." for i in range(depth)):
-            layers |= {f"{b}ln_1.": (d,), f"{b}ln_2.": (d,), f"{b}attn.in_proj_": (3 * d, d),
-                       f"{b}attn.out_proj.": (d, d), f"{b}mlp.c_fc.": (4 * d, d),
-                       f"{b}mlp.c_proj.": (d, 4 * d)}
-    return drawn_tensors(shapes, layers)
+SMALL_TOWERS = {
+    "dinov2": backbones.VisionShape(14, 128, 2, 2, grid=5, registers=4),
+    "clip": backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="clip"),
+    "eva": backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="eva"),
+    "clip text": backbones.TextShape(128, 2, 2, 64, 300, 77),
+    "eva text": backbones.TextShape(128, 2, 2, 64, 300, 77, family="eva text")}
 
 
-def eva_state(width=192, depth=2, grid=3, patch=16):
-    """The same for EVA-02 as CLIP, which has CLIP's text tower and another vision tower."""
-    text = {name if name == "logit_scale" else f"text.{name}": tensor
-            for name, tensor in clip_state(depth=depth).items() if not name.startswith("visual.")}
-    one, square, hidden = (width,), (width, width), width // 3 * 8
-    shapes = {"visual.cls_token": (1, 1, width), "visual.pos_embed": (1, 1 + grid ** 2, width)}
-    layers = {"visual.patch_embed.proj.": (width, 3, patch, patch), "visual.head.": (64, width),
-              "visual.norm.": one}
-    for b in (f"visual.blocks.{i}." for i in range(depth)):
-        shapes |= {f"{b}attn.{letter}_proj.weight": square for letter in "qkv"}
-        shapes |= {f"{b}attn.q_bias": one, f"{b}attn.v_bias": one,
-                   f"{b}attn.rope.freqs_cos": (grid ** 2, 64)}
-        layers |= {f"{b}norm1.": one, f"{b}norm2.": one, f"{b}attn.inner_attn_ln.": one,
-                   f"{b}attn.proj.": square, f"{b}mlp.w1.": (hidden, width),
-                   f"{b}mlp.w2.": (hidden, width), f"{b}mlp.ffn_ln.": (hidden,),
-                   f"{b}mlp.w3.": (width, hidden)}
-    return {**text, **drawn_tensors(shapes, layers)}
+def drawn_tower(kind, **sizes):
+    """A small tower of random numbers."""
+    shape = replace(SMALL_TOWERS[kind.removeprefix("hf ")], **sizes)
+    make = backbones.TextTransformer if kind.endswith("text") else backbones.ViT
+    return shake(make(shape), spread=0.1).float().eval()
 
 
-def changed(state, change):
-    """A copy of a table after a change; None leaves an entry out."""
-    return {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
+def drawn_state(*kinds):
+    """The tensors of a file of such towers."""
+    return {name: tensor for kind in kinds
+            for name, tensor in published(drawn_tower(kind), kind).items()}
 
 
-class Towers(unittest.TestCase):
+class Towers(Exact):
     """Frozen towers and their files."""
 
     def saved(self, state):
@@ -731,188 +601,100 @@ class Towers(unittest.TestCase):
         return path
 
     def test_files_load_whole(self):
-        image, tokens = torch.randn(2, 3, 112, 224), torch.tensor([[298, 5, 299]])
-        for state, shape, text_shape in (
-                (dinov2_state(), backbones.VisionShape(14, 128, 2, 2, grid=5, registers=4), None),
-                (clip_state(vision_width=192),
-                 backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="clip"),
-                 backbones.TextShape(128, 2, 2, 64, 300, 77)),
-                (eva_state(), backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="eva"),
-                 backbones.TextShape(128, 2, 2, 64, 300, 77, family="eva text"))):
-            path = self.saved(state)
-            towers = [backbones.load_vision(path)]
-            self.assertEqual(towers[0].shape, shape)
-            patches = 112 // shape.patch * (224 // shape.patch)
-            self.assertEqual(towers[0](image).shape[1], 1 + shape.registers + patches)
-            if text_shape:
-                towers.append(backbones.load_text(path))
-                self.assertEqual(towers[1].shape, text_shape)
-                words, sentence = towers[1](tokens)
-                self.assertEqual((words.shape, sentence.shape), ((1, 3, 128), (1, 64)))
-            found = sum((t.double() ** 3).sum() for tower in towers
-                        for t in tower.state_dict().values())
-            self.assertAlmostEqual(found.item(), sum(
-                (t.double() ** 3).sum() for name, t in state.items()
-                if not re.search("freqs|mask_token|logit_scale", name)).item())
-            for tower in towers:
+        """Our tensors come back from every publisher's file, Hugging Face's folders too."""
+        for kinds, more in (
+                (["dinov2"], ()), (["hf dinov2"], ()),
+                (["clip", "clip text"], ["context_length", "vocab_size"]),
+                (["hf clip", "hf clip text"], ["vision_model.embeddings.position_ids",
+                                               "text_model.embeddings.position_ids"]),
+                (["eva", "eva text"], ["visual.blocks.0.attn.rope.freqs_cos"])):
+            path = folder(self) / "pytorch_model.bin"
+            torch.save({**drawn_state(*kinds), **dict.fromkeys(more, torch.tensor(77))}, path)
+            for kind, read in zip(kinds, (backbones.load_vision, backbones.load_text)):
+                expected, tower = drawn_tower(kind), read(path.parent if "hf" in kind else path)
+                self.assertEqual(tower.shape, expected.shape)
+                for name, tensor in expected.state_dict().items():
+                    self.assertTrue(torch.equal(tower.state_dict()[name], tensor), (kind, name))
                 self.assertFalse(any(p.requires_grad for p in tower.parameters()))
+                self.assertFalse(tower.train().training)
+        with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
+            backbones.load_vision(folder(self))
 
-    def by_hand(self, state, eps):
-        """A tower in double precision, its tensors by the file's names, norm and linear layer."""
-        s = {name: tensor.double() for name, tensor in state.items()}
+    @unittest.skipUnless(SAFETENSORS, "safetensors is not installed")
+    def test_safetensors(self):
+        import safetensors.torch
+        path = folder(self) / "model.safetensors"
+        state = drawn_state("hf dinov2")
+        safetensors.torch.save_file(state, path)
+        self.assertTrue(torch.equal(backbones.load_vision(path.parent).class_token,
+                                    state["embeddings.cls_token"]))
+        path.write_bytes(b"12345678{}")
+        with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
+            backbones.load_vision(path.parent)
 
-        def norm(x, name):
-            x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(
-                x.var(-1, unbiased=False, keepdim=True) + eps)
-            return x * s[name + ".weight"] + s[name + ".bias"]
-
-        def linear(x, name, join="."):
-            return x @ s[f"{name}{join}weight"].T + s[f"{name}{join}bias"]
-
-        return backbones.load_vision(self.saved(state)).double(), s, norm, linear
-
-    def patches(self, image, weight):
-        size = weight.shape[-1]
-        rows, columns = image.shape[1] // size, image.shape[2] // size
-        return torch.stack([
-            (image[:, size * i:size * i + size, size * j:size * j + size] * weight).sum((1, 2, 3))
-            for i in range(rows) for j in range(columns)])
-
-    def mixed(self, q, k, v):
-        """Attention of heads of 64 channels; (N, D)."""
-        return plain_heads(q[None], k[None], v[None], q.shape[1] // 64)[0]
-
-    def test_dinov2_by_hand(self):
-        """One block, written out from the official names."""
-        tower, s, norm, linear = self.by_hand(dinov2_state(depth=1), 1e-6)
-        image = torch.randn(1, 3, 70, 70).double()
-        x = torch.cat([s["cls_token"][0], self.patches(image[0], s["patch_embed.proj.weight"])
-                       + s["patch_embed.proj.bias"]]) + s["pos_embed"][0]
-        x = torch.cat([x[:1], s["register_tokens"][0], x[1:]])
-        q, k, v = linear(norm(x, "blocks.0.norm1"), "blocks.0.attn.qkv").chunk(3, -1)
-        x = x + s["blocks.0.ls1.gamma"] * linear(self.mixed(q, k, v), "blocks.0.attn.proj")
-        up = linear(norm(x, "blocks.0.norm2"), "blocks.0.mlp.fc1")
-        up = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
-        x = x + s["blocks.0.ls2.gamma"] * linear(up, "blocks.0.mlp.fc2")
-        self.assertLess(float((tower(image)[0] - norm(x, "norm")).abs().max()), 1e-10)
-
-    def test_clip_vision_by_hand(self):
-        tower, s, norm, linear = self.by_hand(clip_state(depth=1), 1e-5)
-        image = torch.randn(1, 3, 48, 48).double()
-        x = torch.cat([s["visual.class_embedding"][None],
-                       self.patches(image[0], s["visual.conv1.weight"])])
-        x = norm(x + s["visual.positional_embedding"], "visual.ln_pre")
-        block = "visual.transformer.resblocks.0."
-        q, k, v = linear(norm(x, block + "ln_1"), block + "attn.in_proj", "_").chunk(3, -1)
-        x = x + linear(self.mixed(q, k, v), block + "attn.out_proj")
-        up = linear(norm(x, block + "ln_2"), block + "mlp.c_fc")
-        x = x + linear(up / (1 + torch.exp(-1.702 * up)), block + "mlp.c_proj")
-        x = norm(x, "visual.ln_post")
-        self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-10)
-        self.assertLess(float((tower.projection(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
-
-    def test_eva_vision_by_hand(self):
-        """One block; the rotary tables are the module's, in single precision."""
-        tower, s, norm, linear = self.by_hand(eva_state(depth=1), 1e-6)
-        image = torch.randn(1, 3, 48, 48).double()
-        x = torch.cat([s["visual.cls_token"][0],
-                       self.patches(image[0], s["visual.patch_embed.proj.weight"])
-                       + s["visual.patch_embed.proj.bias"]]) + s["visual.pos_embed"][0]
-        block = "visual.blocks.0."
-        y = norm(x, block + "norm1")
-        q, k, v = (y @ s[f"{block}attn.{letter}_proj.weight"].T for letter in "qkv")
-        q, v = q + s[block + "attn.q_bias"], v + s[block + "attn.v_bias"]
-        for tokens, n, c in itertools.product((q, k), range(9), range(0, 192, 2)):
-            # Pairs of channels as complex numbers, multiplied by e^(i angle).
-            place = n // 3 if c % 64 < 32 else n % 3
-            angle = place / 3 * 16 * 10000 ** (-(c % 32) / 32)
-            number = complex(*tokens[1 + n, c:c + 2]) * complex(math.cos(angle), math.sin(angle))
-            tokens[1 + n, c], tokens[1 + n, c + 1] = number.real, number.imag
-        y = norm(self.mixed(q, k, v), block + "attn.inner_attn_ln")
-        x = x + linear(y, block + "attn.proj")
-        y = norm(x, block + "norm2")
-        gate = linear(y, block + "mlp.w1")
-        y = gate / (1 + torch.exp(-gate)) * linear(y, block + "mlp.w2")
-        x = norm(x + linear(norm(y, block + "mlp.ffn_ln"), block + "mlp.w3"), "visual.norm")
-        self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-5)
-        self.assertLess(float((tower.projection(x) - linear(x, "visual.head")).abs().max()), 1e-10)
-
-    def test_rotary_positions_rotate_the_patches_alone(self):
-        torch.manual_seed(0)
-        tower = backbones.ViT(backbones.VisionShape(8, 128, 1, 2, grid=4, embed=8, family="eva"))
-        x = torch.randn(1, 2, 5 + 6, 64)        # the class token and four others before the patches
-        rotated = backbones.rotate(x, *tower.rotary_tables((2, 3)))
-        self.assertTrue(torch.equal(rotated[:, :, :6], x[:, :, :6]))    # and the place (0, 0)
-        self.assertTrue((rotated[:, :, 6:] != x[:, :, 6:]).any(-1).all())
-        self.assertTrue(torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-5))
-        # On any grid, places span 16: (1, 0) of two rows is where (2, 0) of four is.
-        self.assertTrue(torch.equal(tower.rotary_tables((2, 3))[0][3],
-                                    tower.rotary_tables((4, 4))[0][8]))
+    def test_towers_by_hand(self):
+        """Images of 2x3 patches, and texts; EVA-02's rotary tables are in single precision."""
+        tokens = torch.tensor([[298, 5, 6, 299, 0, 0], [298, 7, 5, 9, 4, 299]])
+        for kind, eps, activation, tolerance in (
+                ("dinov2", 1e-6, plain_gelu, 1e-10), ("clip", 1e-5, quick_gelu, 1e-10),
+                ("eva", 1e-6, lambda x: x / (1 + torch.exp(-x)), 1e-5),
+                ("clip text", 1e-5, quick_gelu, 1e-10), ("eva text", 1e-5, plain_gelu, 1e-10)):
+            tower = drawn_tower(kind).double()
+            if kind.endswith("text"):
+                x = tower.embedding.weight[tokens] + tower.position[:6]
+                found = tower(tokens)[0]
+            else:
+                size = tower.shape.patch
+                images = torch.randn(2, 3, 2 * size, 3 * size).double()
+                x = F.conv2d(images, tower.patch.weight, tower.patch.bias, stride=size)
+                x = torch.cat([tower.class_token.expand(2, -1, -1),
+                               x.flatten(2).transpose(1, 2)], 1) + tower.positions((2, 3))
+                found = tower(images)
+            if kind == "dinov2":
+                x = torch.cat([x[:, :1], tower.registers.expand(2, -1, -1), x[:, 1:]], 1)
+            if kind == "clip":
+                x = plain_norm(x, tower.norm_before)
+            for block in tower.blocks:
+                x = plain_block(x, block, activation,
+                                rotated=plain_rotation if kind == "eva" else lambda x: x)
+            self.same(found, plain_norm(x, tower.norm), tolerance)
+            self.assertEqual(tower.blocks[0].causal, kind.endswith("text"))
+            self.assertEqual({layer.eps for layer in tower.modules()
+                              if isinstance(layer, nn.LayerNorm)}, {eps})
 
     def test_positions_are_resized_and_can_stay_so(self):
-        path = self.saved(dinov2_state())
+        path = self.saved(drawn_state("dinov2"))
         image = torch.randn(1, 3, 98, 98)
         stays = backbones.load_vision(path, image_size=98)
         self.assertEqual((stays.shape.grid, stays.position.shape), (7, (1, 50, 128)))
         self.assertTrue(torch.equal(stays(image), backbones.load_vision(path)(image)))
-        with self.assertRaisesRegex(ValueError, "14 does not divide"):
-            backbones.load_vision(path, image_size=100)
         # DINOv2's antialiased, CLIP's not.
-        for state, antialias in ((dinov2_state(), True), (clip_state(grid=5), False)):
-            tower = backbones.load_vision(self.saved(state))
-            stored = tower.position[:, 1:].transpose(1, 2).unflatten(2, (5, 5))
-            expected = nn.functional.interpolate(stored, (7, 9), mode="bicubic",
-                                                 antialias=antialias).flatten(2).transpose(1, 2)
-            self.assertTrue(torch.equal(tower.positions((7, 9))[:, 1:], expected))
-            self.assertTrue(torch.equal(tower.positions((7, 9))[:, :1], tower.position[:, :1]))
-
-    def test_legacy_positions(self):
-        """DINOv2's first release: cubic (a = -0.75), by the ratio of rows + 0.1 to those stored."""
-        tower = backbones.ViT(backbones.VisionShape(14, 64, 1, 1, grid=25, registers=4))
-        values = torch.randn(25)
-        with torch.no_grad():                           # alike along the columns
-            tower.position[0, 1:] = values[:, None].expand(25, 25).flatten()[:, None]
-        tower.legacy_position_resize = True
-        for rows in (20, 35):
-            found = tower.positions((rows, rows))[0, 1:, 0].unflatten(0, (rows, rows))[:, 0]
-            for i in range(rows):
-                at = (i + 0.5) * 25 / (rows + 0.1) - 0.5
-                expected = sum(float(values[min(max(j, 0), 24)]) * weight(at - j, cubic=True)
-                               for j in range(math.floor(at) - 1, math.floor(at) + 3))
-                self.assertAlmostEqual(float(found[i].detach()), expected, places=4)
+        for kind, antialias in (("dinov2", True), ("clip", False)):
+            tower = drawn_tower(kind, grid=9)
+            stored = as_map(tower.position[:, 1:], 9, 9)
+            expected = F.interpolate(stored, (4, 7), mode="bicubic", antialias=antialias)
+            self.assertTrue(torch.equal(as_map(tower.positions((4, 7))[:, 1:], 4, 7), expected))
+            self.assertTrue(torch.equal(tower.positions((4, 7))[:, :1], tower.position[:, :1]))
 
     def test_openais_archives(self):
-        """They are TorchScript, in half precision, with three plain numbers."""
-        state = clip_state()
-        plain = self.saved(state)
-        root = nn.Module()
-        for name, tensor in {**state, "context_length": torch.tensor(77),
-                             "input_resolution": torch.tensor(224),
-                             "vocab_size": torch.tensor(300)}.items():
+        """They are TorchScript, in half precision, with plain numbers among the tensors."""
+        root, number = nn.Module(), {"input_resolution": torch.tensor(224)}
+        for name, tensor in {**drawn_state("clip", "clip text"), **number}.items():
             at, (*parts, last) = root, name.split(".")
             for part in parts:
                 if not hasattr(at, part):
                     at.add_module(part, nn.Module())
                 at = getattr(at, part)
             at.register_buffer(last, tensor.half() if tensor.is_floating_point() else tensor)
-        archive = plain.with_name("ViT-B-16.pt")
-        torch.jit.script(root).save(str(archive))
-        for read in (backbones.load_vision, backbones.load_text):
-            for half, single in zip(read(archive).parameters(), read(plain).parameters()):
+        path = folder(self) / "ViT-B-16.pt"
+        torch.jit.script(root).save(str(path))
+        for kind, read in (("clip", backbones.load_vision), ("clip text", backbones.load_text)):
+            for half, single in zip(read(path).parameters(), drawn_tower(kind).parameters()):
                 self.assertTrue(torch.equal(half, single.half().float()))
 
-    def test_text_is_causal_and_padding_comes_after_the_end(self):
-        tower = backbones.TextTransformer(backbones.TEXT["small"]).eval()
-        a = torch.tensor([[1000, 5, 6, 1001, 0, 0]])
-        b = torch.tensor([[1000, 5, 7, 1001, 0, 0]])
-        (words_a, sentence), (words_b, _) = tower(a), tower(b)
-        self.assertTrue(torch.equal(words_a[:, :2], words_b[:, :2]))
-        self.assertFalse(torch.allclose(words_a[:, 2], words_b[:, 2]))
-        self.assertTrue(torch.allclose(sentence, words_a[:, 3] @ tower.projection, atol=1e-5))
-        self.assertEqual(backbones.after_end(a).tolist(), [[False] * 4 + [True] * 2])
-
     def test_bad_files_are_refused_by_name(self):
-        dinov2, eva, zeros = dinov2_state(), eva_state(), torch.zeros
+        dinov2, hf, zeros = drawn_state("dinov2"), drawn_state("hf dinov2"), torch.zeros
+        hf_key = "encoder.layer.0.attention.attention.key.bias"
         vision, text = backbones.load_vision, backbones.load_text
         for read, state, change, message in (
                 (vision, dinov2, {"blocks.1.attn.qkv.bias": None},
@@ -920,21 +702,14 @@ class Towers(unittest.TestCase):
                 (vision, dinov2, {"extra": zeros(3)}, r"1 tensor\(s\) unexpected.*extra"),
                 (vision, dinov2, {"norm.weight": zeros(7)},
                  r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
-                (vision, dinov2, {"pos_embed": zeros(1, 25, 128)}, "misshapen.*pos_embed"),
                 (vision, dinov2, {"cls_token": zeros(1, 1, 128).double() + 1e300},
                  "cls_token holds numbers not finite in torch.float32"),
                 (vision, dinov2, {"register_tokens": None}, "no vision tower"),
-                (vision, dinov2, {"patch_embed.proj.weight": None}, "missing.*proj.weight"),
-                (vision, eva, {"visual.blocks.1.attn.q_bias": None},
-                 r"missing, the first: visual\.blocks\.1\.attn\.q_bias"),
-                (vision, eva, {"visual.blocks.0.attn.k_bias": zeros(192)},
-                 "unexpected, the first: visual.blocks.0.attn.k_bias"),
-                (vision, eva, {"visual.head.weight": zeros(64, 7)},
-                 r"visual\.head\.weight, \(64, 7\) in the file, \(64, 192\) expected"),
-                (text, eva, {"text.ln_final.bias": None}, "first: text.ln_final.bias"),
+                (vision, hf, {hf_key: None}, f"missing, the first: {hf_key}"),
                 (text, dinov2, {}, "no text tower")):
             with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
-                read(self.saved(changed(state, change)))
+                read(self.saved({name: tensor for name, tensor in {**state, **change}.items()
+                                 if tensor is not None}))
 
     def test_unreadable_files_are_refused_and_run_no_code(self):
         class Script(nn.Module):
@@ -946,100 +721,17 @@ class Towers(unittest.TestCase):
             def __setstate__(self, state: int):
                 torch.from_file("harmed", True, 4)
 
-            def forward(self, x):
-                return x
-
-        path = self.saved(dinov2_state())
+        path = self.saved(drawn_state("dinov2"))
         whole = path.read_bytes()
         flipped = bytearray(whole)
         flipped[len(whole) // 3] ^= 0x40
         torch.jit.script(Script()).save(str(path))
-        for content, message in (
-                (whole[:5000], "not a readable"), (flipped, "not a readable"),
-                (path.read_bytes(), "not a readable"), (b"", "not a readable"),
-                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable")):
+        for content in (whole[:5000], flipped, path.read_bytes(),
+                        pickle.dumps({"cls_token": Harm(path.with_name("harmed"))})):
             path.write_bytes(content)
-            with self.assertRaisesRegex(backbones.WeightsError, f"weights.pth: {message}"):
+            with self.assertRaisesRegex(backbones.WeightsError, "weights.pth: not a readable"):
                 backbones.load_vision(path)
         self.assertFalse(path.with_name("harmed").exists() or Path("harmed").exists())
-
-
-def hugging_face(state):
-    """A state in the publishers' names under Hugging Face's: DINOv2's, or CLIP's with both."""
-    dinov2 = "cls_token" in state
-    words = ("query", "key", "value") if dinov2 else ("q_proj", "k_proj", "v_proj")
-    names = {
-        r"^(cls|mask|register)_token": r"embeddings.\1_token", "^norm": "layernorm",
-        "^pos_embed": "embeddings.position_embeddings", "^blocks": "encoder.layer",
-        "^patch_embed.proj": "embeddings.patch_embeddings.projection",
-        r"ls(\d).gamma": r"layer_scale\1.lambda1", "attn.proj": "attention.output.dense",
-        "attn.qkv": "attention.attention.qkv"} if dinov2 else {
-        "^(class|token)_embedding": r"embeddings.\1_embedding", "^ln_final": "final_layer_norm",
-        "^positional_embedding": "embeddings.position_embedding.weight",
-        "^conv1": "embeddings.patch_embedding", "^ln_pre": "pre_layrnorm",
-        "^ln_post": "post_layernorm", "^proj$": "visual_projection.weight",
-        "^text_projection": "text_projection.weight", "^transformer.resblocks": "encoder.layers",
-        r"\.ln_(\d)": r".layer_norm\1", "c_fc": "fc1", "c_proj": "fc2",
-        "attn.out_proj": "self_attn.out_proj", "attn.in_proj_": "self_attn.qkv."}
-    out = {}
-    for name, tensor in state.items():
-        model_prefix = "vision_model." if name.startswith("visual.") else "text_model."
-        name = name.removeprefix("visual.")
-        for official, theirs in names.items():
-            name = re.sub(official, theirs, name)
-        if "_projection." in name:
-            tensor = tensor.T.contiguous()
-        elif not dinov2 and name != "logit_scale":
-            name = model_prefix + name
-        if ".qkv." in name:
-            out |= {name.replace("qkv", word): part.clone()
-                    for word, part in zip(words, tensor.chunk(3))}
-        else:
-            out[name] = tensor
-    return out
-
-
-class HuggingFace(unittest.TestCase):
-    """Their layouts give the towers that the publishers' files give."""
-
-    def test_folders_and_files(self):
-        vision, text = backbones.load_vision, backbones.load_text
-        ids = {f"{kind}_model.embeddings.position_ids": torch.arange(7)[None]
-               for kind in ("vision", "text")}
-        for state, more, reads in ((dinov2_state(), {}, [vision]),
-                                   (clip_state(), ids, [vision, text])):
-            place = folder(self)
-            torch.save(state, place / "own.pt")
-            theirs = {**hugging_face(state), **more}
-            torch.save(theirs, place / "pytorch_model.bin")
-            for read, path in itertools.product(reads, (place, place / "pytorch_model.bin")):
-                tower, expected = read(path), read(place / "own.pt")
-                self.assertEqual(tower.shape, expected.shape)
-                for name, tensor in expected.state_dict().items():
-                    self.assertTrue(torch.equal(tower.state_dict()[name], tensor), name)
-            for name in [name for name in theirs if re.search(r"0\..*\.(key|k_proj)\.bias", name)]:
-                for value, message in ((None, "missing, the first"), (torch.zeros(3), "misshapen")):
-                    torch.save(changed(theirs, {name: value}), place / "pytorch_model.bin")
-                    with self.assertRaisesRegex(backbones.WeightsError, f"{message}.*{name}"):
-                        reads["text_model" in name](place)
-        with self.assertRaises(IsADirectoryError):
-            vision(folder(self))
-
-    def test_safetensors(self):
-        place = folder(self)
-        (place / "model.safetensors").write_bytes(b"12345678{}")
-        try:
-            import safetensors.torch
-        except ImportError:
-            with self.assertRaisesRegex(backbones.WeightsError, "pip install safetensors"):
-                backbones.load_vision(place)
-            return
-        with self.assertRaisesRegex(backbones.WeightsError, "model.safetensors: not a readable"):
-            backbones.load_vision(place)
-        state = dinov2_state()
-        safetensors.torch.save_file(hugging_face(state), place / "model.safetensors")
-        tower = backbones.load_vision(place)
-        self.assertTrue(torch.equal(tower.class_token, state["cls_token"]))
 
 
 class Download(unittest.TestCase):
@@ -1047,11 +739,18 @@ class Download(unittest.TestCase):
         place = folder(self)
         (place / "there.bin").write_bytes(bytes(range(256)) * 900)
         address, digest = (place / "there.bin").as_uri(), backbones.sha256(place / "there.bin")
-        for at, expected, message in (
-                ((place / "no").as_uri(), digest, "file:.*/no, fetched to .*file.bin: .*No such"),
-                (address, "0" * 64, "there.bin, fetched to .*file.bin: invalid hash value"),
-                (address, digest, None),
-                ((place / "no").as_uri(), digest, None)):       # is there: nothing to do
+
+        class Cut(io.BytesIO):
+            def info(self):
+                return dict.fromkeys(("content-length", "Content-Length"), str(len(content) + 1))
+
+        for at, expected, opens, error, message in (
+                ((place / "no").as_uri(), digest, urllib.request.urlopen, OSError, "/no.*/no'"),
+                (address, digest, lambda *_: Cut(content), OSError, "retrieval incomplete"),
+                (address, "0" * 64, urllib.request.urlopen, backbones.WeightsError,
+                 "file.bin.part: not the published file.*fetch it again"),
+                (address, None, urllib.request.urlopen, None, ""),
+                (address, digest, None, None, "")):     # is there: nothing to do
             published = backbones.Published("file.bin", at, expected)
             refused = (self.assertRaisesRegex(backbones.WeightsError, message) if message else
                        contextlib.nullcontext())
@@ -1074,89 +773,50 @@ class Harm:
 
 
 class Methods(unittest.TestCase):
-    def batch(self, net, count=2):
-        size = net.config.image_size
-        tokens = torch.zeros(count, net.config.length, dtype=torch.int64)
-        tokens[:, :5] = torch.tensor([510, 30, 40, 50, net.text.shape.vocabulary - 1])
-        return torch.randn(count, 3, size, size), tokens
-
     def test_frozen_stays_and_tuned_learns(self):
-        for name, positions in (("shapes", False), ("shapes-barleria", True)):
+        flows = r"(visual|text)_flows\.|intertwiner\."
+        towers = r"(vision|text)\.(?!mask_token|logit_scale)"
+        for name, overrides, learning in (
+                ("dcris", {}, r"(dense_cross|text)_adapters\."), ("full", {}, towers),
+                ("fixed", {}, "nothing"), ("houlsby", {}, r".*mlp\.1\."),
+                ("compacter", {}, r".*mlp\.1\.|factors"), ("lora", {}, r".*\.(down|up)$"),
+                ("etris", {}, r"bridges\."), ("snf", {}, r"visual_flows\."),
+                ("snf-etris", {}, r"bridges\.|visual_flows\."), ("barleria-local", {}, flows),
+                ("barleria", {"train_towers": False, "train_positions": True},
+                 rf"{flows}|global_branch\.|(vision|text)\.position"),
+                ("barleria", {}, rf"{flows}|global_branch\.|{towers}")):
             torch.manual_seed(0)
-            net = model.build(name, train_towers=False, train_positions=positions).train()
-            before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-            optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
-            images, tokens = self.batch(net, 4)
-            for _ in range(3):
-                masks = (torch.rand(4, 1, 16, 16) > 0.5).float()
-                loss.text_to_pixel_loss(net(images, tokens), masks).backward()
-                for name, parameter in net.named_parameters():
-                    self.assertEqual(parameter.grad is not None, parameter.requires_grad, name)
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, tensor in net.state_dict().items():
-                frozen = name.startswith(("vision.", "text.")) and not (
-                    positions and name in ("vision.position", "text.position"))
-                self.assertEqual(torch.equal(tensor, before[name]), frozen, name)
-
-    def test_towers_can_learn_too(self):
-        for name in ("shapes", "shapes-barleria"):
-            net = model.build(name)
-            net(*self.batch(net)).sum().backward()
-            self.assertFalse([name for name, p in net.named_parameters() if p.grad is None])
-
-    def test_dcris_reads_the_words_and_without_adapters_is_its_towers(self):
-        net = model.build("shapes", visual_adapter_layers=(), text_adapter_layers=()).eval()
-        images, tokens = self.batch(net)
-        words, _ = net.text_branch(tokens)
-        self.assertTrue(torch.equal(words, net.text(tokens)[0]))
-        last = net.image_branch(images, words)[-1].flatten(2).transpose(1, 2)
-        self.assertTrue(torch.equal(last, net.vision(images)[:, net.vision.prefix:]))
-        net = model.build("shapes", visual_adapter_layers=(1,)).eval()
-        other = tokens.clone()
-        other[:, 2] = 41
-        a, b = (net.image_branch(images, net.text_branch(t)[0]) for t in (tokens, other))
-        self.assertTrue(all((x - y).abs().max() > 1e-6 for x, y in zip(a, b)))
+            net = model.build(f"shapes-{name}", **overrides).train()
+            for parameter in net.parameters():          # nothing zero that hides a gradient
+                if parameter.requires_grad and not parameter.any():
+                    nn.init.normal_(parameter, std=0.02)
+            before = copy.deepcopy(dict(net.named_parameters()))
+            optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad])
+            net(*batch(net)).square().sum().backward()
+            optimizer.step()
+            moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
+            self.assertEqual(moved, {n for n in before if re.match(rf"head\.|{learning}", n)}, name)
+            self.assertEqual(moved, {n for n, p in before.items() if p.requires_grad}, name)
+            self.assertEqual(net.vision.training, net.config.towers_learn)
 
     def test_logits_are_four_times_the_grid(self):
-        for name in ("shapes", "shapes-barleria"):
-            net = model.build(name).eval()
-            images, tokens = self.batch(net)
-            self.assertEqual(net(images[:, :, :48], tokens).shape, (2, 1, 24, 32))
-        with torch.device("meta"):
-            for name, config in model.PRESETS.items():
+        for name, config in model.PRESETS.items():
+            with torch.device("meta"):
                 net = model.build(name).eval()
                 side = 4 * config.image_size // net.vision.shape.patch
-                images = torch.zeros(1, 3, config.image_size, config.image_size)
-                tokens = torch.zeros(1, config.length, dtype=torch.int64)
-                self.assertEqual(net(images, tokens).shape, (1, 1, side, side), name)
+                self.assertEqual(net(*batch(net, 1)).shape, (1, 1, side, side), name)
 
     def test_bad_configurations(self):
         for preset, overrides, message in (
                 ("dcris-b", {"image_size": 450}, "image_size 450 .* of 14.*448 is"),
                 ("dcris-b", {"visual_adapter_layers": (3, 12)}, "the tower has 12 blocks, 0 to 11"),
-                ("dcris-b", {"text_adapter_layers": (-1,)}, "text_adapter_layers"),
-                ("dcris-b", {"visual_adapter_layers": (3, 3)}, "each block once"),
                 ("dcris-b", {"visual_adapter_rank": 100}, "rank 100 is no multiple of 16"),
-                ("dcris-b", {"length": 78}, "3 to 77"), ("dcris-b", {"length": 2}, "3 to 77"),
+                ("dcris-b", {"length": 78}, "3 to 77"), ("dcris-b", {"batch_size": -2}, "above"),
                 ("dcris-b", {"head_heads": 7}, "head_width 512"),
-                ("dcris-b", {"lr": math.nan}, "above 0"), ("dcris-b", {"batch_size": -2}, "above"),
                 ("dcris-b", {"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
-                ("dcris-b", {"features": (4,)}, "two blocks"), ("dcris-b", {"dropout": 1.}, "drop"),
                 ("dcris-b", {"colour": 1}, "no field colour"),
-                ("dcris-b", {"image_size": 448.0}, "image_size is 448.0; it must be of the kind"),
-                ("dcris-b", {"features": (4, "8")}, "features is"),
-                ("dcris-b", {"visual_flows": False}, "visual_flows plays no part in .* dcris"),
-                ("barleria", {"visual_adapter_rank": 64}, "rank plays no part in .*barleria"),
                 ("barleria", {"vision": "clip-l", "image_size": 420}, "are not the two towers"),
-                ("barleria", {"vision": "eva-b"}, "are not the two towers of one CLIP"),
-                ("barleria", {"global_blocks": 5}, "global_blocks 5: .* 12 .* of 5"),
-                ("barleria", {"global_blocks": -1}, "global_blocks"),
-                ("barleria", {"global_width": 100}, "global_width 100 is no multiple of 3"),
                 ("etris", {"bridges": 5}, "bridges 5: .* 12 and 12 blocks"),
-                ("compacter", {"tuner_rank": 6}, "tuner_rank 6 is no multiple of 4"),
-                ("fixed", {"tuner_rank": 6}, "tuner_rank plays no part in method fixed"),
-                ("shapes", {"vision": "small-clip"}, "not use the projection of small-clip"),
                 ("nothing", {}, "no preset 'nothing'; there are shapes")):
             with self.subTest(preset, **overrides), \
                     self.assertRaisesRegex(model.ConfigError, message):
@@ -1166,19 +826,12 @@ class Methods(unittest.TestCase):
         for name in (model.PRESETS if MANY else ("dcris-b", "barleria")):
             torch.manual_seed(0)
             net = model.build(name).train()
-            learns = {name: p for name, p in net.named_parameters() if p.requires_grad}
-            before = {name: p.detach().clone() for name, p in learns.items()}
-            optimizer = torch.optim.Adam(learns.values(), lr=1e-4)
-            images, tokens = self.batch(net)
+            images, tokens = batch(net)
             masks = (torch.rand(2, 1, *images.shape[2:]) > 0.5).float()
-            value = loss.text_to_pixel_loss(net(images, tokens), masks)
-            value.backward()
-            optimizer.step()
-            self.assertTrue(math.isfinite(value.item()))
-            # Below an up-projection that starts at zero nothing moves in the first step.
-            still = {name for name, p in learns.items() if torch.equal(p, before[name])}
-            self.assertFalse([name for name in still if not re.search(
-                r"text_adapters.*down|mlp\.1\.|\.down$|factors", name)])
+            loss.text_to_pixel_loss(net(images, tokens), masks).backward()
+            for parameter_name, parameter in net.named_parameters():
+                if parameter.requires_grad:
+                    self.assertTrue(parameter.grad.isfinite().all(), parameter_name)
 
 
 class Checkpoints(unittest.TestCase):
@@ -1186,32 +839,29 @@ class Checkpoints(unittest.TestCase):
         place = folder(self)
         names = {"vision": backbones.Published("v.pth", "http://v"),
                  "text": backbones.Published("t.pt", "http://t")}
-        vision = backbones.VisionShape(14, 64, 2, 1, grid=4, registers=4)
-        torch.save(dinov2_state(64, grid=4), place / "v.pth")
-        torch.save(clip_state(64), place / "t.pt")
+        vision = drawn_tower("dinov2", width=64, heads=1, grid=4)
+        text = drawn_tower("clip text", width=64, heads=1)
+        torch.save(published(vision, "dinov2"), place / "v.pth")
+        torch.save(published(text, "clip text"), place / "t.pt")
         overrides = {"vision": "vision", "text": "text", "image_size": 56, "train_towers": False,
                      "visual_adapter_layers": (1,), "features": (0, 1)}
-        with mock.patch.dict(backbones.VISION, vision=vision), \
-                mock.patch.dict(backbones.TEXT, text=backbones.TextShape(64, 2, 1, 64, 300, 77)), \
+        with mock.patch.dict(backbones.VISION, vision=vision.shape), \
+                mock.patch.dict(backbones.TEXT, text=text.shape), \
                 mock.patch.dict(backbones.PUBLISHED, names), \
                 mock.patch.object(model, "PRETRAINED", place):
             net = model.build("shapes", place / "v.pth", place / "t.pt", **overrides).eval()
             model.save(place / "a.pt", net)
             held = model.read_checkpoint(place / "a.pt")
             self.assertFalse([n for n in held["tensors"] if n.startswith(("vision.", "text."))])
-            self.assertEqual(held["towers"]["vision"],
-                             {"file": "v.pth", "sha256": backbones.sha256(place / "v.pth")})
             images, tokens = torch.randn(1, 3, 56, 56), torch.tensor([[298, 4, 299]])
             again = model.load(place / "a.pt")
             self.assertTrue(torch.equal(again(images, tokens), net(images, tokens)))
-            self.assertFalse(again.training)
-            self.assertFalse(any(p.requires_grad for p in again.vision.parameters()))
             name = "vision.class_token"         # a frozen tower comes from its file alone
             torch.save({**held, "config": asdict(held["config"]), "tensors": {
                 **held["tensors"], name: net.vision.class_token + 1}}, place / "b.pt")
             with self.assertRaisesRegex(backbones.WeightsError, f"unexpected, the first: {name}"):
                 model.load(place / "b.pt")
-            torch.save(dinov2_state(64, grid=4), place / "v.pth")         # other numbers
+            torch.save(published(shake(vision).float(), "dinov2"), place / "v.pth")
             with self.assertRaisesRegex(backbones.WeightsError, "SHA-256"):
                 model.load(place / "a.pt")
             (place / "v.pth").unlink()
@@ -1223,39 +873,27 @@ class Checkpoints(unittest.TestCase):
         net = model.build("shapes").eval()
         model.save(place / "a.pt", net, run={"dataset": "shapes"}, vocabulary={"text": "a b"},
                    optimizer={"state": torch.zeros(1000)})
-        for out in ("b.pt", "c.safetensors"):
-            status, _, err = program(model, "export", place / "a.pt", place / out)
-            if status and out == "c.safetensors":
-                self.assertIn("pip install safetensors", err)
-                continue
-            self.assertEqual(status, 0, err)
-            again = model.load(place / out)
+        for out in ("b.pt", "c.safetensors")[:2 if SAFETENSORS else 1]:
+            self.assertEqual(program(model, "export", place / "a.pt", place / out)[0], 0)
+            again, held = model.load(place / out), model.read_checkpoint(place / out)
             self.assertEqual(again.config, net.config)
             for name, tensor in net.state_dict().items():
                 self.assertTrue(torch.equal(again.state_dict()[name], tensor), name)
-            status, _, err = program(model, "export", place / out, place / out)
-            self.assertEqual(status, 2)
-            self.assertIn("is the checkpoint itself", err)
-            held = model.read_checkpoint(place / out)
             self.assertEqual(held["vocabulary"], {"text": "a b"})
             self.assertNotIn("optimizer", held)
+            status, _, err = program(model, "export", place / out, place / out)
+            self.assertEqual((status, "is the checkpoint itself" in err), (2, True))
 
     def test_bad_checkpoints_are_refused(self):
         place = folder(self)
         model.save(place / "a.pt", model.build("shapes"))
-        whole = (place / "a.pt").read_bytes()
         held = torch.load(place / "a.pt")
         first = next(iter(held["tensors"]))
         for change, message in (
                 (lambda c: c["tensors"].pop(first), f"missing, the first: {first}"),
-                (lambda c: c["tensors"].update(x=torch.zeros(1)), "unexpected.*: x"),
                 (lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
-                (lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}), "finite"),
                 (lambda c: c["config"].update(colour=1), "colour"),
                 (lambda c: c["config"].update(image_size=81), "image_size 81"),
-                (lambda c: c["config"].update(head_heads=True), "head_heads is True"),
-                (lambda c: c.update(towers={"vision": 5, "text": None}), "not a checkpoint"),
-                (lambda c: c.update(run=5), "not a checkpoint"),
                 (lambda c: c.pop("towers"), "not a checkpoint of this project .*towers")):
             changed = {**held, "tensors": dict(held["tensors"]), "config": dict(held["config"])}
             change(changed)
@@ -1263,13 +901,6 @@ class Checkpoints(unittest.TestCase):
             with self.subTest(message), self.assertRaisesRegex(
                     backbones.WeightsError, f"b.pt: .*{message}"):
                 model.load(place / "b.pt")
-        flipped = bytearray(whole)
-        flipped[len(whole) // 3] ^= 0x40
-        for content in (whole[:len(whole) // 2], flipped, pickle.dumps(Harm(place / "harmed"))):
-            (place / "c.pt").write_bytes(content)
-            with self.assertRaisesRegex(backbones.WeightsError, "c.pt: not a readable"):
-                model.load(place / "c.pt")
-        self.assertFalse((place / "harmed").exists())
 
     def test_a_failed_save_keeps_the_old_file(self):
         place = folder(self)
@@ -1327,23 +958,16 @@ RECORDED_STARTS = {
 def released_shapes(net):
     """Name and shape of every tensor of the files in which the authors' programs keep a model."""
     detris = net.vision.shape.family == "dinov2"
-    prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
-    vision_names = backbones.DINOV2_NAMES if detris else backbones.CLIP_VISION_NAMES
     shapes = {}
-    for name, tensor in net.state_dict().items():
-        kind, _, rest = name.partition(".")
-        shape = list(tensor.shape)
-        if kind == "vision":
-            if not detris and rest in ("class_token", "position"):
-                shape = shape[-1:] if rest == "class_token" else shape[1:]
-            if rest == "projection.weight":
-                shape.reverse()
-            shapes[prefixes[0] + backbones.renamed(rest, vision_names).removesuffix(".T")] = shape
-            continue
-        if kind == "text":
-            shapes[prefixes[1] + backbones.renamed(rest, backbones.CLIP_TEXT_NAMES)] = shape
-            continue
-        theirs = backbones.renamed(name, model.RELEASED_NAMES)
+    for prefix, tower, kind in (
+            ("dinov2." if detris else "backbone.", net.vision, net.vision.shape.family),
+            ("txt_backbone." if detris else "backbone.", net.text, net.text.shape.family)):
+        shapes |= {prefix + name: list(tensor.shape)
+                   for name, tensor in published(tower, kind).items()}
+    others = {name: tensor for name, tensor in net.state_dict().items()
+              if not name.startswith(("vision.", "text."))}
+    for name, tensor in others.items():
+        theirs, shape = backbones.renamed(name, model.RELEASED_NAMES), list(tensor.shape)
         if ".value." in theirs:                     # they have queries and keys, too
             theirs, shape[0] = theirs.replace("value.", "in_proj_"), 3 * shape[0]
         transposed = theirs == "neck.f5_proj.0.weight"
