@@ -465,11 +465,11 @@ def parse_arguments():
                                       "default: the preset's; model.Config says what each is. "
                                       "A list of layers without a number switches adapters off, "
                                       "--milestones without one keeps the rate constant")
-    for field in fields(model.Config):
-        options = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
-                   {"type": field.type} if field.type in (int, float, str) else
+    for entry in fields(model.Config):
+        options = ({"action": argparse.BooleanOptionalAction} if entry.type is bool else
+                   {"type": entry.type} if entry.type in (int, float, str) else
                    {"type": int, "nargs": "*"})
-        group.add_argument("--" + field.name.replace("_", "-"), **options)
+        group.add_argument("--" + entry.name.replace("_", "-"), **options)
     args = parser.parse_args()
     if args.dataset is None and model.PRESETS[args.preset].text not in model.PUBLISHED:
         args.dataset = "shapes"
