@@ -137,7 +137,7 @@ def make_head(config, vision, text, residual):
                 config.head_layers, config.dropout, residual)
 
 
-def feature_maps(vision, images, wanted, attached={}):
+def feature_maps(vision, images, wanted, attached):
     """Images to the maps (B, D, S/P, S/P) after the blocks `wanted` and at the tower's end.
 
     `attached`: number of a block -> what a tuning method attaches to it.
@@ -307,7 +307,7 @@ class UniModal(nn.Module):
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         words, sentence = self.text(tokens)
-        features = feature_maps(self.vision, images, self.config.features)
+        features = feature_maps(self.vision, images, self.config.features, {})
         return self.head(features, words, sentence, after_end(tokens))
 
 
@@ -353,28 +353,20 @@ PRESETS = {
     "etris": ETRIS_B,
     "etris-dino": replace(ETRIS_B, vision="dinov2-b", image_size=448),
     "snf-etris": replace(ETRIS_B, visual_flows=True),
-    "full": replace(DCRIS_B, method="full"),
-    "fixed": replace(DCRIS_B, method="fixed"),
-    "houlsby": replace(DCRIS_B, method="houlsby"),
+    **{method: replace(DCRIS_B, method=method) for method in ("full", "fixed", "houlsby")},
     "compacter": replace(DCRIS_B, method="compacter", tuner_rank=208),
     "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
 }
 # All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
 # 0.09 to 0.10 million parameters; flows alone, and visiting tokens, have fewer.
 PRESETS |= {
-    f"shapes-{name}": replace(PRESETS[preset], **sizes,
+    f"shapes-{name}": replace(PRESETS["shapes" if name == "dcris" else name], **sizes,
                               **{**DRAWN, "vision": "small", "train_towers": False})
-    for name, preset, sizes in (
-        ("full", "full", {}),
-        ("fixed", "fixed", {}),
-        ("houlsby", "houlsby", {"tuner_rank": 80}),
-        ("compacter", "compacter", {"tuner_rank": 304}),
-        ("lora", "lora", {"tuner_rank": 12}),
-        ("dcris", "shapes", {}),
-        ("etris", "etris", {"bridges": 2, "bridge_width": 56}),
-        ("snf", "snf", {}),
-        ("snf-etris", "snf-etris", {"bridges": 2, "bridge_width": 56}),
-        ("barleria-local", "barleria-local", {"intertwined_rank": 16}))}
+    for name, sizes in {
+        "full": {}, "fixed": {}, "houlsby": {"tuner_rank": 80}, "compacter": {"tuner_rank": 304},
+        "lora": {"tuner_rank": 12}, "dcris": {}, "etris": {"bridges": 2, "bridge_width": 56},
+        "snf": {}, "snf-etris": {"bridges": 2, "bridge_width": 56},
+        "barleria-local": {"intertwined_rank": 16}}.items()}
 # Millions of tuned parameters as the papers print them (DCRIS Table 2, BarLeRIa Table 4).
 PAPER = {"full": 149.97, "fixed": 0.00, "houlsby": 1.98, "compacter": 1.62, "lora": 1.57,
          "dcris-b": 2.69, "etris": 1.39, "snf": 0.18, "snf-etris": 1.57, "barleria-local": 0.39,
@@ -419,14 +411,14 @@ def check(config):
         require(getattr(config, field) in names,
                 f"{field} {getattr(config, field)!r} is unknown; there are {', '.join(names)}")
     vision, text, (method, own) = VISION[config.vision], TEXT[config.text], METHODS[config.method]
-    special = tuple(start for _, starts in METHODS.values() for start in starts)
+    others = tuple(start for _, starts in METHODS.values() for start in starts)
     for field, value in asdict(config).items():
-        require(field.startswith(own) or not field.startswith(special)
-                or value == getattr(Config, field), f"{field} plays no part in method "
-                f"{config.method}; take a preset of another method")
-        require(type(value) not in (int, float) or value > 0
-                or value == 0 and field in ("dropout", "global_blocks"),
-                f"{field} is {value}; it must be above 0")
+        if field.startswith(others) and not field.startswith(own):
+            require(value == getattr(Config, field), f"{field} plays no part in method "
+                    f"{config.method}; take a preset of another method")
+        if type(value) in (int, float):
+            zero = value == 0 and field in ("dropout", "global_blocks")
+            require(value > 0 or zero, f"{field} is {value}; it must be above 0")
     require(3 <= config.length <= text.positions,
             f"length {config.length}: {config.text} reads 3 to {text.positions} tokens")
     require(config.dropout < 1, f"dropout {config.dropout} is not below 1")
@@ -434,17 +426,17 @@ def check(config):
     require(method is not BarLeRIa or (vision.embed or vision.width) == text.embed
             and (config.text not in PUBLISHED or config.vision == config.text),
             f"vision {config.vision} and text {config.text} are not the two towers of one CLIP")
-    for field, depth in (("features", vision.depth), ("visual_adapter_layers", vision.depth),
-                         ("text_adapter_layers", text.depth)):
+    layers = {"features": vision.depth}
+    if method is DCRIS:
+        layers |= {"visual_adapter_layers": vision.depth, "text_adapter_layers": text.depth}
+    for field, depth in layers.items():
         blocks = getattr(config, field)
-        require(blocks == tuple(i for i in range(depth) if i in blocks)
-                or field != "features" and method is not DCRIS,
-                f"{field} {blocks}: the tower has {depth} blocks, 0 to {depth - 1}; name each "
-                f"block once, in order")
-    text_divisor = 16 if config.text_convolutions else 1
+        require(blocks == tuple(i for i in range(depth) if i in blocks), f"{field} {blocks}: the "
+                f"tower has {depth} blocks, 0 to {depth - 1}; name each block once, in order")
     for field, divisor in (
             ("image_size", vision.patch), ("head_width", 4), ("head_width", config.head_heads),
-            ("visual_adapter_rank", 16), ("text_adapter_rank", text_divisor),
+            ("visual_adapter_rank", 16),
+            ("text_adapter_rank", 16 if config.text_convolutions else 1),
             ("global_width", config.global_heads), ("bridge_width", config.bridge_heads),
             ("tuner_rank", 4 if config.method == "compacter" else 1)):
         value = getattr(config, field)
@@ -455,8 +447,9 @@ def check(config):
                 f"{field} {getattr(config, field)}: the {vision.depth} blocks of {config.vision} "
                 f"cannot be cut into {parts} parts")
     require(method is not ETRIS
-            or vision.depth % config.bridges == text.depth % config.bridges == 0, f"bridges {config.bridges}: "
-            f"towers of {vision.depth} and {text.depth} blocks cannot be cut into as many parts")
+            or vision.depth % config.bridges == text.depth % config.bridges == 0,
+            f"bridges {config.bridges}: towers of {vision.depth} and {text.depth} blocks cannot be "
+            f"cut into as many parts")
 
 
 def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):
@@ -661,11 +654,9 @@ def main():
     args = parser.parse_args()
     if args.command == "export":
         return export(args.ckpt, args.out)
-    rows = []
-    for preset in PRESETS:
-        with torch.device("meta"):          # shapes only, no memory
-            sizes = count(build(preset))
-        rows.append({"preset": preset, **sizes, "paper_millions": PAPER.get(preset)})
+    with torch.device("meta"):              # shapes only, no memory
+        rows = [{"preset": name, **count(build(name)), "paper_millions": PAPER.get(name)}
+                for name in PRESETS]
     if args.json:
         return print(json.dumps(rows, indent=1))
     print("Parameters in millions. Tuned: all that learns, without the head and CLIP's position\n"
@@ -728,68 +719,62 @@ def load_released(path, state):
     backbones.check_plain(path, state)
     detris = any(name.startswith("dinov2.") for name in state)
     prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
-    towers = {name: tensor for name, tensor in state.items()
-              if name.startswith(prefixes) and ".adapter." not in name}
-    rest = {name: tensor for name, tensor in state.items() if name not in towers}
     vision, text = (
-        read(path, state={name.removeprefix(prefix): tensor for name, tensor in towers.items()
-                          if name.startswith(prefix)})
+        read(path, state={name.removeprefix(prefix): tensor for name, tensor in state.items()
+                          if name.startswith(prefix) and ".adapter." not in name})
         for read, prefix in zip((backbones.load_vision, backbones.load_text), prefixes))
-
-    def rows(pattern):
-        """Number in the name -> rows of the tensor, for the names that match."""
-        found = ((re.fullmatch(pattern, name), tensor) for name, tensor in rest.items())
-        return {int(match[1]): len(tensor) for match, tensor in found if match}
-
-    third = vision.shape.depth // 3
+    state = {name: tensor for name, tensor in state.items()
+             if ".adapter." in name or not name.startswith(prefixes)}
     try:
-        found = {"vision": {replace(shape, grid=0): name for name, shape in VISION.items()}[
-                     replace(vision.shape, grid=0)],
-                 "text": {shape: name for name, shape in TEXT.items()}[text.shape],
-                 "head_width": rows(r"neck\.aggr\.(0)\.weight")[0],
-                 "head_layers": len(rows(r"decoder\.layers\.(\d+)\.ffn\.0\.weight"))}
-        if detris:
-            visual, words = (rows(rf"{tower}.*\.(\d+)\.adapter\.D_fc1\.weight")
-                             for tower in ("dinov2", "txt_backbone"))
-            found |= {"features": (third, 2 * third),
-                      "visual_adapter_layers": tuple(sorted(visual)),
-                      "visual_adapter_rank": max(visual.values()),
-                      "text_adapter_layers": tuple(sorted(words)),
-                      "text_adapter_rank": max(words.values())}
-        else:
-            bridges = rows(r"bridger\.linear1\.(\d+)\.weight")
-            found |= {"features": (third - 1, 2 * third - 1), "bridges": len(bridges),
-                      "bridge_width": max(bridges.values()),
-                      "image_size": vision.shape.grid * vision.shape.patch}
-        config = configure(DETRIS_B if detris else ETRIS_B, **found)
+        config = released_config(state, vision.shape, text.shape)
     except (LookupError, ValueError) as error:
         raise WeightsError(f"{path}: no model can be made of it: {error!r}") from None
     model = wire(config, vision, text)
     model.sources = dict.fromkeys(("vision", "text"), {"file": Path(path).name, "sha256": None})
     own = {name: tensor for name, tensor in model.state_dict().items()
            if not name.startswith(("vision.", "text."))}
-    backbones.load_tensors(model, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES, own)
-    return model.eval()
-
-
-def in_our_shapes(state, bridges):
-    """The released tensors in the shapes of our layers, under the authors' names.
-
-    Of the neck's attentions only the values matter (`head.Gate`). Some 1x1 convolutions are
-    transposed ones, with weights (in, out, 1, 1). ETRIS's are two-dimensional.
-    """
-    last, out = bridges - 1, {}
+    # Some 1x1 convolutions are transposed ones, with weights (in, out, 1, 1).
+    last = config.bridges - 1
     transposed = {"neck.f5_proj.0.weight", f"bridger.zoom_in.{last}.0.weight",
                   *(f"bridger.zoom_out.{i}.0.weight" for i in range(last))}
+    in_our_shapes = {}
     for name, tensor in state.items():
         if name in transposed:
             tensor = tensor.transpose(0, 1)
-        if name.startswith("bridger.zoom_"):
+        if name.startswith("bridger.zoom_"):            # two-dimensional there
             tensor = tensor.squeeze(-1)
-        if name.startswith("neck.") and ".in_proj_" in name:
+        if name.startswith("neck.") and ".in_proj_" in name:    # only values matter: `head.Gate`
             name, tensor = name.replace("in_proj_", "value."), tensor.chunk(3)[-1]
-        out[name] = tensor
-    return out
+        in_our_shapes[name] = tensor
+    backbones.load_tensors(model, in_our_shapes, path, RELEASED_NAMES, own)
+    return model.eval()
+
+
+def released_config(state, vision, text):
+    """The Config of released tensors and towers of these shapes. LookupError, ValueError."""
+    def rows(pattern):
+        """Number in the name -> rows of the tensor, for the names that match."""
+        found = ((re.fullmatch(pattern, name), tensor) for name, tensor in state.items())
+        return {int(match[1]): len(tensor) for match, tensor in found if match}
+
+    # The grid of ETRIS's positions is that of the photo.
+    names = {replace(shape, grid=0): name for name, shape in VISION.items()}
+    common = {"vision": names[replace(vision, grid=0)],
+              "text": {shape: name for name, shape in TEXT.items()}[text],
+              "head_width": rows(r"neck\.aggr\.(0)\.weight")[0],
+              "head_layers": len(rows(r"decoder\.layers\.(\d+)\.ffn\.0\.weight"))}
+    third = vision.depth // 3
+    if vision.family == "dinov2":
+        visual, words = (rows(rf"{tower}\..*\.(\d+)\.adapter\.D_fc1\.weight")
+                         for tower in ("dinov2", "txt_backbone"))
+        return configure(
+            DETRIS_B, **common, features=(third, 2 * third),
+            visual_adapter_layers=tuple(sorted(visual)), visual_adapter_rank=max(visual.values()),
+            text_adapter_layers=tuple(sorted(words)), text_adapter_rank=max(words.values()))
+    bridges = rows(r"bridger\.linear1\.(\d+)\.weight")
+    return configure(
+        ETRIS_B, **common, features=(third - 1, 2 * third - 1), bridges=len(bridges),
+        bridge_width=max(bridges.values()), image_size=vision.grid * vision.patch)
 
 
 if __name__ == "__main__":
