@@ -186,27 +186,27 @@ class BarLeRIa(nn.Module):
         if self.global_branch is not None:
             prefix = self.vision.prefix
             prior = global_prior(self.text.project(words), projected[:, prefix:], padding)
-            step = len(after_block) // self.config.global_blocks    # 3: after blocks 2, 5, 8, 11
-            stages = [x[:, prefix:] for x in after_block[step - 1::step]]
+            depth, parts = len(after_block), self.config.global_blocks
+            stages = [after_block[depth * (i + 1) // parts - 1][:, prefix:]     # 2, 5, 8, 11 of 12
+                      for i in range(parts)]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
         return self.head(features, words, sentence, padding, shortcut)          # Eq. 9
 
     def local_branch(self, images, tokens, grid):
         """BarLeRIa Eq. 2-3: both towers block by block, with visiting tokens.
 
-        Returns the vision tower's tokens (B, N, D) after every block, words and sentence. A vision
-        tower r times as deep as the text tower runs r blocks per text block. All r receive the
-        same words; the text block receives the class token from before the first of them.
+        Returns the vision tower's tokens (B, N, D) after every block, words and sentence. A deeper
+        vision tower runs several blocks per text block. All of them receive the same words; the
+        text block receives the class token from before the first of them.
         """
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        rotary = self.vision.rotary_tables(grid)
-        ratio = len(self.vision.blocks) // len(self.text.blocks)
-        after_block = []
+        rotary, after_block = self.vision.rotary_tables(grid), []
+        depth, text_depth = len(self.vision.blocks), len(self.text.blocks)
         for i, text_block in enumerate(self.text.blocks):
             visiting_words, visiting_class = x[:, :0], words[:, :0]     # no visitors
             if self.intertwiner is not None:
                 visiting_words, visiting_class = self.intertwiner(words, x[:, :1])
-            for j in range(ratio * i, ratio * (i + 1)):
+            for j in range(depth * i // text_depth, depth * (i + 1) // text_depth):
                 x = with_visitors(self.vision.blocks[j], x, visiting_words, self.vision.prefix,
                                   self.visual_flows[j], rotary)
                 after_block.append(x)
@@ -255,17 +255,17 @@ class ETRIS(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, prefix = self.vision.grid(images), self.vision.prefix
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        rotary, reduced, after_block = self.vision.rotary_tables(grid), None, []
-        visual_step, text_step = (len(tower.blocks) // len(self.bridges)
-                                  for tower in (self.vision, self.text))
+        rotary, reduced, after_block = self.vision.rotary_tables(grid), None, {}
+        depth, text_depth, parts = (
+            len(modules) for modules in (self.vision.blocks, self.text.blocks, self.bridges))
         for i, bridge in enumerate(self.bridges):
-            for j in range(visual_step * i, visual_step * (i + 1)):
+            for j in range(depth * i // parts, depth * (i + 1) // parts):
                 x = self.vision.blocks[j](x, Attached(*self.visual_flows[j]), rotary)
-                after_block.append(x)
-            for block in self.text.blocks[text_step * i:text_step * (i + 1)]:
+                after_block[j] = x
+            for block in self.text.blocks[text_depth * i // parts:text_depth * (i + 1) // parts]:
                 words = block(words)
             patches, words, reduced = bridge(x[:, prefix:], words, reduced)
-            after_block[-1] = x = torch.cat([x[:, :prefix], patches], dim=1)
+            after_block[j] = x = torch.cat([x[:, :prefix], patches], dim=1)
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
             *(after_block[i] for i in self.config.features),
@@ -433,6 +433,9 @@ def check(config):
         blocks = getattr(config, field)
         require(blocks == tuple(i for i in range(depth) if i in blocks), f"{field} {blocks}: the "
                 f"tower has {depth} blocks, 0 to {depth - 1}; name each block once, in order")
+    for field in ("bridges", "global_blocks"):      # parts into which the tower is cut
+        require(not field.startswith(own) or getattr(config, field) <= vision.depth,
+                f"{field} {getattr(config, field)}: {config.vision} has {vision.depth} blocks")
     for field, divisor in (
             ("image_size", vision.patch), ("head_width", 4), ("head_width", config.head_heads),
             ("visual_adapter_rank", 16),
@@ -442,15 +445,6 @@ def check(config):
         value = getattr(config, field)
         require(value % divisor == 0, f"{field} {value} is no multiple of {divisor}; "
                                       f"{max(1, round(value / divisor)) * divisor} is")
-    for field, parts in (("text", text.depth), ("global_blocks", config.global_blocks or 1)):
-        require(method is not BarLeRIa or vision.depth % parts == 0,
-                f"{field} {getattr(config, field)}: the {vision.depth} blocks of {config.vision} "
-                f"cannot be cut into {parts} parts")
-    require(method is not ETRIS
-            or vision.depth % config.bridges == text.depth % config.bridges == 0,
-            f"bridges {config.bridges}: towers of {vision.depth} and {text.depth} blocks cannot be "
-            f"cut into as many parts")
-
 
 def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):
     """A model from a preset's name, or a Config, with the fields in `overrides` changed.
@@ -552,8 +546,7 @@ def replacing(path):
         cause = error.__context__ or error if isinstance(error, RuntimeError) else error
         raise OSError(f"{path}: could not be written: {cause}") from error
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def save(path, model, **more):
@@ -674,9 +667,8 @@ def main():
 # What a tensor is called here, as a regular expression, and in their files (behind "module.").
 RELEASED_NAMES = [
     (r"^head\.neck\.sentence\.", "neck.txt_proj."),
-    (r"^head\.neck\.maps\.(\d)\.", lambda match: f"neck.f{int(match[1]) + 3}_proj."),
-    (r"^head\.neck\.gates\.(\d)\.",
-     lambda match: f"neck.fusion{int(match[1]) + 3}.multihead_attn."),
+    (r"^head\.neck\.maps\.(\d)\.", lambda m: f"neck.f{int(m[1]) + 3}_proj."),
+    (r"^head\.neck\.gates\.(\d)\.", lambda m: f"neck.fusion{int(m[1]) + 3}.multihead_attn."),
     (r"\.multihead_attn\.out\.", ".multihead_attn.out_proj."),
     (r"^head\.neck\.fuse\.", "neck.aggr."),
     (r"^head\.neck\.coordinates\.0\.", "neck.coordconv.0.conv1."),
@@ -686,8 +678,8 @@ RELEASED_NAMES = [
     (r"\.cross_attention\.", ".multihead_attn."),
     (r"\.cross_attention_norm\.", ".cross_attn_norm."),
     (r"\.feed_forward\.", ".ffn."),
-    (r"^head\.projector\.image\.(\d)\.",       # they have the upsamplings between
-     lambda match: f"proj.vis.{(1, 3, 4)[int(match[1])]}."),
+    # They have the upsamplings between.
+    (r"^head\.projector\.image\.(\d)\.", lambda m: f"proj.vis.{(1, 3, 4)[int(m[1])]}."),
     (r"^head\.projector\.sentence\.", "proj.txt."),
     (r"^dense_cross_adapters\.(\d+)\.", r"dinov2.blocks.\1.adapter."),
     (r"^text_adapters\.(\d+)\.", r"txt_backbone.transformer.resblocks.\1.adapter."),
@@ -699,13 +691,14 @@ RELEASED_NAMES = [
     (r"\.cross\.words\.", ".cross.text_proj."),
     (r"\.cross\.back\.", ".cross.back_proj."),
     (r"\.cross\.attention\.", ".cross.multihead_attn."),
-    *((rf"^bridges\.(\d+)\.{ours}\.", rf"bridger.{theirs}.\1.") for ours, theirs in (
-        ("patches_down", "zoom_in"), ("patches_up", "zoom_out"), ("words_down", "linear1"),
-        ("words_up", "linear2"))),
+    (r"^bridges\.(\d+)\.patches_down\.", r"bridger.zoom_in.\1."),
+    (r"^bridges\.(\d+)\.patches_up\.", r"bridger.zoom_out.\1."),
+    (r"^bridges\.(\d+)\.words_down\.", r"bridger.linear1.\1."),
+    (r"^bridges\.(\d+)\.words_up\.", r"bridger.linear2.\1."),
     (r"^bridges\.(\d+)\.patches_read\.", r"bridger.fusion_v.\1.multihead_attn."),
     (r"^bridges\.(\d+)\.words_read\.", r"bridger.fusion_t.\1.multihead_attn."),
-    (r"^bridges\.(\d+)\.(patches|words)_norm\.", lambda match:
-        f"bridger.ln_{'v' if match[2] == 'patches' else 't'}.{int(match[1]) - 1}."),
+    (r"^bridges\.(\d+)\.patches_norm\.", lambda m: f"bridger.ln_v.{int(m[1]) - 1}."),
+    (r"^bridges\.(\d+)\.words_norm\.", lambda m: f"bridger.ln_t.{int(m[1]) - 1}."),
 ]
 
 
