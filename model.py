@@ -446,6 +446,7 @@ def check(config):
         require(value % divisor == 0, f"{field} {value} is no multiple of {divisor}; "
                                       f"{max(1, round(value / divisor)) * divisor} is")
 
+
 def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):
     """A model from a preset's name, or a Config, with the fields in `overrides` changed.
 
