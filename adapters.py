@@ -198,10 +198,15 @@ class NormalizingFlow(nn.Module):
             nn.init.uniform_(parameter, -0.01, 0.01)
 
     def forward(self, x):
-        z = self.mu + self.log_sigma.exp() * x
-        for w, scale, b in zip(self.w, self.scale, self.b):
-            z = z + scale * torch.tanh(z @ w + b)[..., None]
-        return z
+        z = self.mu + self.log_sigma.exp() * x                  # z_0, (B, N, width)
+        # w_j . z_{j-1} is w_j . z_0 plus (w_j . scale_i) tanh_i for each i < j. So the inner
+        # products are one product, and the sum of all steps is another.
+        heights = z @ self.w.t() + self.b                       # w_j . z_0 + b_j, (B, N, steps)
+        passed_on, bends = self.w @ self.scale.t(), []          # w_j . scale_i, (steps, steps)
+        for j in range(len(self.w)):
+            bends.append(heights[..., j].tanh())
+            heights = heights + bends[j][..., None] * passed_on[:, j]
+        return z + torch.stack(bends, dim=-1) @ self.scale
 
 
 class Intertwiner(nn.Module):

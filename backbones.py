@@ -11,9 +11,9 @@ One block, for tokens x (B, N, D), before a tuning method adds to it:
 Shapes: B batch, N tokens, D width, L words, E width of CLIP's common space (`shape.embed`).
 `tower.shape` holds a tower's sizes (`VisionShape`). `grid` is (rows, columns) of patches.
 
-`model.py` runs a tower step by step: `embed`, then each of `blocks`, then `final`. The order in
-which two towers take these steps *is* the tuning method. A method passes its adapters to a block as
-an `Attached` tuple, or wraps one of the block's layers. No adapter is defined in this file.
+`model.py` runs a tower step by step: `embed`, each of `blocks`, then `norm` or, for texts, `final`.
+The order in which two towers take these steps *is* the tuning method. A method passes its adapters
+to a block as an `Attached` tuple, or wraps one of its layers. No adapter is defined in this file.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
 (https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA).
@@ -23,16 +23,13 @@ References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), 
 
 import argparse
 import hashlib
-import http.client
 import math
 import os
 import re
 import sys
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +37,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from tqdm import tqdm
 
 
 class WeightsError(ValueError):
@@ -70,27 +66,41 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused query-key-value layer."""
+    """Multi-head self-attention; EVA-02's has no key bias, and a LayerNorm before `out`."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, family):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width, bias=not family.eva)
+        self.query_bias, self.value_bias = (
+            nn.Parameter(torch.zeros(width)) if family.eva else None for _ in range(2))
+        self.norm = nn.LayerNorm(width, family.eps) if family.eva else nn.Identity()
         self.out = Linear(width, width)
 
     def forward(self, x, causal=False, rotary=None):
-        return self.out(attend(*self.qkv(x).chunk(3, dim=-1), self.heads, causal, rotary))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.query_bias is not None:
+            q, v = q + self.query_bias, v + self.value_bias
+        return self.out(self.norm(attend(q, k, v, self.heads, causal, rotary)))
 
 
 class MLP(nn.Module):
-    def __init__(self, width, activation):
+    """Two linear layers; EVA-02's is gated (SwiGLU), with a LayerNorm before its last layer."""
+
+    def __init__(self, width, family):
         super().__init__()
-        self.up = Linear(width, 4 * width)
-        self.activation = activation
-        self.down = Linear(4 * width, width)
+        # The three matrices of a gated MLP are as large as the two of an ordinary one.
+        hidden = 8 * width // 3 if family.eva else 4 * width
+        self.gate = Linear(width, hidden) if family.eva else None
+        self.up = Linear(width, hidden)
+        self.activation = family.activation
+        self.norm = nn.LayerNorm(hidden, family.eps) if family.eva else nn.Identity()
+        self.down = Linear(hidden, width)
 
     def forward(self, x):
-        return self.down(self.activation(self.up(x)))
+        h = self.up(x)
+        h = self.activation(h) if self.gate is None else self.activation(self.gate(x)) * h
+        return self.down(self.norm(h))
 
 
 class LayerScale(nn.Module):
@@ -104,17 +114,11 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-unchanged = nn.Identity()
-
-
 class Attached(NamedTuple):
     """What a tuning method attaches to one block. Each entry maps (B, N, D) to (B, N, D)."""
-    attention_shortcut: Callable = unchanged    # on the skip connection of the attention
-    mlp_shortcut: Callable = unchanged          # on the skip connection of the MLP
-    beside_mlp: Callable | None = None          # normed input; added to the MLP before LayerScale
-
-
-NOTHING = Attached()
+    attention_shortcut: Callable = nn.Identity()    # on the skip connection of the attention
+    mlp_shortcut: Callable = nn.Identity()          # on the skip connection of the MLP
+    beside_mlp: Callable | None = None              # of the normed input; added to the MLP
 
 
 class Block(nn.Module):
@@ -124,15 +128,13 @@ class Block(nn.Module):
         super().__init__()
         self.causal = family.causal
         self.norm1 = nn.LayerNorm(width, family.eps)
-        self.attention = (InnerNormAttention(width, heads, family.eps) if family.eva else
-                          Attention(width, heads))
+        self.attention = Attention(width, heads, family)
         self.scale1 = LayerScale(width) if family.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, family.eps)
-        self.mlp = (GatedMLP(width, family.activation, family.eps) if family.eva else
-                    MLP(width, family.activation))
+        self.mlp = MLP(width, family)
         self.scale2 = LayerScale(width) if family.layer_scale else nn.Identity()
 
-    def forward(self, x, attached=NOTHING, rotary=None):
+    def forward(self, x, attached=Attached(), rotary=None):
         attention = self.attention(self.norm1(x), self.causal, rotary)
         x = attached.attention_shortcut(x) + self.scale1(attention)
         normed = self.norm2(x)
@@ -143,19 +145,17 @@ class Block(nn.Module):
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """The parameters of PyTorch's layer, computed by `linear` and `attend`, for adapters and head.
+    """PyTorch's layer, for adapters and head, computed by `linear` and `attend`.
 
-    Queries (B, N, D), keys (B, M, kdim) and values (B, M, vdim) to (B, N, D), without the weights
-    of the attention. `padding` (B, M): True for the keys that no one sees. Of the constructor's
-    options dropout, kdim and vdim count. PyTorch's own forward puts the batch second, which costs
-    copies.
+    Queries (B, N, D), keys (B, M, kdim) and values (B, M, vdim) to (B, N, D), batch first and so
+    without PyTorch's copies. `padding` (B, M): True for the keys that no one sees. Of the
+    constructor's options dropout, kdim and vdim count.
     """
 
     def forward(self, query, key, value, padding=None):
         weights = (self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else
                    (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
-        q, k, v = (linear(x, *layer) for x, *layer in zip(
-            (query, key, value), weights, self.in_proj_bias.chunk(3)))
+        q, k, v = map(linear, (query, key, value), weights, self.in_proj_bias.chunk(3))
         x = attend(q, k, v, self.num_heads, padding=padding,
                    dropout=self.dropout if self.training else 0.0)
         return linear(x, self.out_proj.weight, self.out_proj.bias)
@@ -175,36 +175,25 @@ class ViT(nn.Module):
         super().__init__()
         self.shape, family = shape, FAMILIES[shape.family]
         self.prefix = 1 + shape.registers       # tokens before the patches
-        self.frozen = False
         self.legacy_position_resize = False     # as DINOv2's first release resized them
         width = shape.width
-        self.patch = nn.Conv2d(3, width, shape.patch, stride=shape.patch,
-                               bias=not family.norm_before)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.registers = (nn.Parameter(torch.zeros(1, shape.registers, width))
-                          if shape.registers else None)
-        self.position = nn.Parameter(torch.zeros(1, 1 + shape.grid ** 2, width))
-        if family.mask_token:           # not used here; a part of the files
-            self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.patch = nn.Conv2d(3, width, shape.patch, shape.patch, bias=not family.norm_before)
         self.norm_before = nn.LayerNorm(width, family.eps) if family.norm_before else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(width, shape.heads, family) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(Block(width, shape.heads, family) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(width, family.eps)
-        if shape.embed:
-            self.projection = Linear(width, shape.embed, bias=family.eva)      # CLIP's has none
-        for parameter in (self.class_token, self.registers, self.position):
-            if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
-
-    def train(self, mode=True):
-        return super().train(mode and not self.frozen)
+        self.projected_width = shape.embed or width
+        # Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one.
+        self.projection = (Linear(width, shape.embed, bias=family.eva) if shape.embed else
+                           nn.Identity())
+        self.class_token, self.registers, self.position = (
+            nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, tokens, width), std=0.02))
+            if tokens else None for tokens in (1, shape.registers, 1 + shape.grid ** 2))
 
     def grid(self, images):
         """Rows and columns of patches of images (B, 3, H, W)."""
         height, width = images.shape[-2:]
         if height % self.shape.patch or width % self.shape.patch:
-            raise ValueError(f"the patch size {self.shape.patch} does not divide an image of "
-                             f"{height}x{width}")
+            raise ValueError(f"patch {self.shape.patch} does not divide {height}x{width} pixels")
         return height // self.shape.patch, width // self.shape.patch
 
     def positions(self, grid):
@@ -214,26 +203,34 @@ class ViT(nn.Module):
             return self.position
         class_position, patches = self.position[:, :1], self.position[:, 1:]
         patches = patches.float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
-        if self.legacy_position_resize:      # by the ratio of a grid a tenth of a patch larger
-            patches = F.interpolate(patches, mode="bicubic",
-                                    scale_factor=[(side + 0.1) / stored for side in grid])
-        else:
-            patches = F.interpolate(patches, grid, mode="bicubic",
-                                    antialias=FAMILIES[self.shape.family].antialias)
+        how = {"size": grid, "antialias": FAMILIES[self.shape.family].antialias}
+        if self.legacy_position_resize:     # by the ratio of a grid a tenth of a patch larger
+            how = {"scale_factor": [(side + 0.1) / stored for side in grid]}
+        patches = F.interpolate(patches, mode="bicubic", **how)
         patches = patches.flatten(2).transpose(1, 2).to(class_position.dtype)
         return torch.cat([class_position, patches], dim=1)
 
     def rotary_tables(self, grid):
-        """EVA-02's cosines and sines (rows * columns, D/heads) for a grid; None for others."""
+        """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
+
+        Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. Half of
+        the channels is rotated by the row, half by the column, pair i of each at the rate
+        10000^(-4i / channels). Any grid is rescaled to the 16x16 of pretraining. None for others.
+        """
         if not FAMILIES[self.shape.family].eva:
             return None
-        return rotary_tables(grid, self.shape.width // self.shape.heads, self.position.device)
+        device, half = self.position.device, self.shape.width // self.shape.heads // 2
+        rates = 10000 ** -(torch.arange(0, half, 2, device=device) / half)
+        rows, columns = (torch.arange(side, device=device) / side * 16 for side in grid)
+        places = torch.cartesian_prod(rows, columns)                        # (places, 2)
+        angles = (places[:, :, None] * rates).flatten(1).repeat_interleave(2, dim=-1)
+        return angles.cos(), angles.sin()
 
     def resize(self, image_size):
         """Resizes the stored grid of positions once, to that of square images of this size."""
         grid = self.grid(torch.empty(0, 3, image_size, image_size, device="meta"))
         self.position = nn.Parameter(self.positions(grid).detach(), self.position.requires_grad)
-        self.shape = replace(self.shape, grid=grid[0])
+        self.shape = self.shape._replace(grid=grid[0])
 
     def embed(self, images):
         """Images (B, 3, H, W), normalised, to the tokens that enter the first block."""
@@ -246,18 +243,6 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], self.registers.expand(batch, -1, -1), x[:, 1:]], dim=1)
         return self.norm_before(x)
 
-    def final(self, x):
-        """The tokens after the last block to the tower's output: a LayerNorm."""
-        return self.norm(x)
-
-    @property
-    def projected_width(self):
-        return self.shape.embed or self.shape.width
-
-    def project(self, x):
-        """Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one."""
-        return self.projection(x) if self.shape.embed else x
-
     def as_map(self, x, grid):
         """The patch tokens of x as a map: (B, N, D) to (B, D, rows, columns)."""
         return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
@@ -267,53 +252,37 @@ class ViT(nn.Module):
         x, rotary = self.embed(images), self.rotary_tables(self.grid(images))
         for block in self.blocks:
             x = block(x, rotary=rotary)
-        return self.final(x)
+        return self.norm(x)
 
 
 class TextTransformer(nn.Module):
     """CLIP's causal text transformer, and EVA-02-CLIP's, which differs by its activation.
 
-    Token ids are (B, L) with L up to `shape.positions`. The end-of-text token is found as the one
-    with the highest id of the vocabulary.
+    Token ids are (B, L), L up to `shape.positions`. The end-of-text token has the highest id.
     """
 
     def __init__(self, shape):
         super().__init__()
-        self.shape = shape
-        self.frozen = False
+        self.shape, family = shape, FAMILIES[shape.family]
         width = shape.width
         self.embedding = nn.Embedding(shape.vocabulary, width)
         self.position = nn.Parameter(torch.zeros(shape.positions, width))
-        self.blocks = nn.ModuleList(
-            Block(width, shape.heads, FAMILIES[shape.family]) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(width, FAMILIES[shape.family].eps)
-        self.projection = nn.Parameter(torch.zeros(width, shape.embed))
-        # The temperature of CLIP's pretraining loss: not used here; a part of the files.
-        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.blocks = nn.ModuleList(Block(width, shape.heads, family) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width, family.eps)
+        self.projection = nn.Parameter(torch.zeros(width, shape.embed))     # into CLIP's space
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
         nn.init.normal_(self.projection, std=width ** -0.5)
 
-    def train(self, mode=True):
-        return super().train(mode and not self.frozen)
-
     def embed(self, tokens):
         """Token ids (B, L) to the tokens that enter the first block (B, L, D)."""
-        length = tokens.shape[1]
-        if length > self.shape.positions:
-            raise ValueError(f"a text of {length} tokens: this tower reads at most "
-                             f"{self.shape.positions}")
-        return self.embedding(tokens) + self.position[:length]
+        return self.embedding(tokens) + self.position[:tokens.shape[1]]
 
     def final(self, x, tokens):
         """Tokens after the last block to `words` (B, L, D), normed, and `sentence` (B, E)."""
         words = self.norm(x)
-        end = tokens.argmax(dim=-1)
-        return words, self.project(words[torch.arange(len(words), device=words.device), end])
-
-    def project(self, words):
-        """Final words (..., D) into the space shared with the photo (..., E)."""
-        return words @ self.projection
+        end = words[torch.arange(len(words), device=words.device), tokens.argmax(dim=-1)]
+        return words, end @ self.projection
 
     def forward(self, tokens):
         """Token ids (B, L) to `words` (B, L, D) and `sentence` (B, E)."""
@@ -331,82 +300,18 @@ def after_end(tokens):
     return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(-1, keepdim=True)
 
 
-def freeze(tower):
-    """Its parameters get no gradient (gradients pass through to the adapters), and it stays in eval
-    mode, even after `train()`."""
-    tower.frozen = True
-    return tower.requires_grad_(False).eval()
-
-
-def unfreeze(tower):
-    """The tower learns, except for the two tensors that only pretraining uses."""
-    tower.frozen = False
-    tower.requires_grad_(True)
-    for name in ("mask_token", "logit_scale"):
-        if hasattr(tower, name):
-            getattr(tower, name).requires_grad_(False)
-    return tower.train()
-
-
-# ---- EVA-02's variants, families and shapes -------------------------------------------------
-
-def rotary_tables(grid, channels, device=None):
-    """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
-
-    Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. The first
-    half of the channels is rotated by the row, the second by the column, pair i of each at the rate
-    10000^(-4i / channels). Places on any grid are rescaled to the 16x16 of its pretraining.
-    """
-    rates = 10000 ** -(torch.arange(0, channels // 2, 2, device=device) / (channels // 2))
-    rows, columns = (torch.arange(side, device=device) / side * 16 for side in grid)
-    places = torch.cartesian_prod(rows, columns)                            # (places, 2)
-    angles = (places[:, :, None] * rates).flatten(1).repeat_interleave(2, dim=-1)
-    return angles.cos(), angles.sin()
-
+# ---- Rotary positions, families and shapes --------------------------------------------------
 
 def rotate(x, cos, sin):
     """Rotary positions: rotates pairs of channels of the patches' tokens, which are the last ones.
 
-    x is (B, heads, N, C); cos and sin, (patches, C), are those of `rotary_tables`. The tokens
-    before the patches have no position and are not rotated.
+    x is (B, heads, N, C); cos and sin, (patches, C), are those of `ViT.rotary_tables`. The
+    tokens before the patches have no position and are not rotated.
     """
     others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
     first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
     quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # rotated by 90 degrees
     return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
-
-
-class InnerNormAttention(nn.Module):
-    """EVA-02's: keys have no bias, and a LayerNorm comes before the output layer."""
-
-    def __init__(self, width, heads, eps):
-        super().__init__()
-        self.heads = heads
-        self.query = Linear(width, width)
-        self.key = Linear(width, width, bias=False)
-        self.value = Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
-        self.out = Linear(width, width)
-
-    def forward(self, x, causal=False, rotary=None):
-        x = attend(self.query(x), self.key(x), self.value(x), self.heads, causal, rotary)
-        return self.out(self.norm(x))
-
-
-class GatedMLP(nn.Module):
-    """EVA-02's SwiGLU, with a LayerNorm before its last layer."""
-
-    def __init__(self, width, activation, eps):
-        super().__init__()
-        hidden = 8 * width // 3         # three matrices as large as the two of an ordinary MLP
-        self.gate = Linear(width, hidden)
-        self.up = Linear(width, hidden)
-        self.activation = activation
-        self.norm = nn.LayerNorm(hidden, eps)
-        self.down = Linear(hidden, width)
-
-    def forward(self, x):
-        return self.down(self.norm(self.activation(self.gate(x)) * self.up(x)))
 
 
 def quick_gelu(x):
@@ -421,12 +326,11 @@ class Family(NamedTuple):
     layer_scale: bool = False       # a learned factor per channel at the end of both branches
     eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
     norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
-    mask_token: bool = False        # of self-supervised pretraining
     antialias: bool = False         # when the grid of positions is resized
 
 
 FAMILIES = {
-    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, mask_token=True, antialias=True),
+    "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, antialias=True),
     "clip": Family(quick_gelu, norm_before=True),
     "eva": Family(F.silu, eps=1e-6, eva=True),
     "clip text": Family(quick_gelu, causal=True),
@@ -434,8 +338,7 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class VisionShape:
+class VisionShape(NamedTuple):
     """The sizes of a vision tower; `load_vision` reads them from a file's tensors."""
     patch: int
     width: int
@@ -447,8 +350,7 @@ class VisionShape:
     family: str = "dinov2"  # a name in FAMILIES
 
 
-@dataclass(frozen=True)
-class TextShape:
+class TextShape(NamedTuple):
     """The sizes of a text tower; `load_text` reads them from a file's tensors."""
     width: int
     depth: int
@@ -476,7 +378,7 @@ TEXT = {
 }
 
 
-# ---- Published files: their addresses, and the names of their tensors -----------------------
+# ---- Published files: addresses, names of tensors, loading, fetching ------------------------
 
 class Published(NamedTuple):
     """A file: its name, its address, and its SHA-256 where the publisher gives one."""
@@ -489,83 +391,21 @@ DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 CLIP = "https://openaipublic.azureedge.net/clip/models"
 CLIP_B = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 CLIP_L = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
-PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, digest)
-             for name, address, digest in (
-    ("dinov2-b", f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None),
-    ("dinov2-l", f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None),
+PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, *digest)
+             for name, address, *digest in (
+    ("dinov2-b", f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
+    ("dinov2-l", f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"),
     ("clip-b", f"{CLIP}/{CLIP_B}/ViT-B-16.pt", CLIP_B),
     ("clip-l", f"{CLIP}/{CLIP_L}/ViT-L-14.pt", CLIP_L),
-    ("eva-b", "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt",
-     None),
+    ("eva-b", "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt"),
     ("vocabulary", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
      "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"))}
 
 
-def name_tables(text):
-    """The columns of a table of names, each as the (pattern, replacement) pairs of `renamed`.
-
-    The first column is the beginning of a name here, or a part of it if a dot comes first. The
-    others are what takes its place in a file; "-" where nothing changes or there is no such tensor.
-    """
-    rows = [line.split() for line in text.strip().splitlines()]
-    patterns = [("" if ours.startswith(".") else "^") + re.escape(ours) for ours, *_ in rows]
-    columns = list(zip(*rows))[1:]
-    return [[(pattern, theirs) for pattern, theirs in zip(patterns, column) if theirs != "-"]
-            for column in columns]
-
-
-# here                   DINOv2             CLIP                    EVA-02's vision tower
-DINOV2_NAMES, CLIP_NAMES, EVA_NAMES = name_tables("""
-  class_token            cls_token          class_embedding         cls_token
-  position               pos_embed          positional_embedding    pos_embed
-  registers              register_tokens    -                       -
-  patch.                 patch_embed.proj.  conv1.                  patch_embed.proj.
-  embedding.             -                  token_embedding.        -
-  norm_before.           -                  ln_pre.                 -
-  norm.                  -                  ln_post.                -
-  projection.weight      -                  proj                    head.weight
-  projection.bias        -                  -                       head.bias
-  projection             -                  text_projection         -
-  blocks.                -                  transformer.resblocks.  -
-  .norm1.                -                  .ln_1.                  -
-  .norm2.                -                  .ln_2.                  -
-  .attention.qkv.        .attn.qkv.         .attn.in_proj_          -
-  .attention.query.bias  -                  -                       .attn.q_bias
-  .attention.value.bias  -                  -                       .attn.v_bias
-  .attention.query.      -                  -                       .attn.q_proj.
-  .attention.key.        -                  -                       .attn.k_proj.
-  .attention.value.      -                  -                       .attn.v_proj.
-  .attention.norm.       -                  -                       .attn.inner_attn_ln.
-  .attention.out.        .attn.proj.        .attn.out_proj.         .attn.proj.
-  .scale1.               .ls1.              -                       -
-  .scale2.               .ls2.              -                       -
-  .mlp.gate.             -                  -                       .mlp.w1.
-  .mlp.up.               .mlp.fc1.          .mlp.c_fc.              .mlp.w2.
-  .mlp.norm.             -                  -                       .mlp.ffn_ln.
-  .mlp.down.             .mlp.fc2.          .mlp.c_proj.            .mlp.w3.
-""")
-# here             Hugging Face's DINOv2                    Hugging Face's CLIP
-HF_DINOV2_NAMES, HF_CLIP_NAMES = name_tables("""
-  class_token      embeddings.cls_token                     embeddings.class_embedding
-  position         embeddings.position_embeddings           embeddings.position_embedding.weight
-  registers        embeddings.register_tokens               -
-  mask_token       embeddings.mask_token                    -
-  patch.           embeddings.patch_embeddings.projection.  embeddings.patch_embedding.
-  embedding.       -                                        embeddings.token_embedding.
-  norm_before.     -                                        pre_layrnorm.
-  norm.            layernorm.                               post_layernorm.
-  projection.      -                                        visual_projection.
-  projection       -                                        text_projection.weight
-  blocks.          encoder.layer.                           encoder.layers.
-  .norm1.          -                                        .layer_norm1.
-  .norm2.          -                                        .layer_norm2.
-  .attention.qkv.  .attention.attention.qkv.                .self_attn.qkv.
-  .attention.out.  .attention.output.dense.                 .self_attn.out_proj.
-  .scale1.gamma    .layer_scale1.lambda1                    -
-  .scale2.gamma    .layer_scale2.lambda1                    -
-  .mlp.up.         .mlp.fc1.                                .mlp.fc1.
-  .mlp.down.       .mlp.fc2.                                .mlp.fc2.
-""")
+def columns(table):
+    """The columns of a table of names, as (here, in a file) pairs for `renamed`; "-": no change."""
+    ours, *files = zip(*(line.split() for line in table.strip().splitlines()))
+    return [[pair for pair in zip(ours, theirs) if pair[1] != "-"] for theirs in files]
 
 
 def renamed(name, names):
@@ -575,70 +415,78 @@ def renamed(name, names):
     return name
 
 
-class Layout(NamedTuple):
-    """How the files of one publisher name and shape the tensors of one tower."""
-    family: str             # a name in FAMILIES
-    mark: str               # a tensor that only this layout has
-    belongs: str            # regular expression of the names of this tower's tensors
-    names: list             # for `renamed`
-    views: dict = {}        # our name -> function from our tensor to a view in the stored shape
-    qkv: tuple = ("qkv",)   # the names of the query, key and value layers, or of the fused one
-
-
+# here (a pattern)   DINOv2             CLIP                    Hugging Face's CLIP
+DINOV2_NAMES, CLIP_NAMES, HF_CLIP_NAMES = columns(r"""
+  ^embedding         -                  token_embedding         embeddings.token_embedding
+  ^class_token       cls_token          class_embedding         embeddings.class_embedding
+  ^position          pos_embed          positional_embedding    embeddings.position_embedding.weight
+  ^registers         register_tokens    -                       -
+  ^patch             patch_embed.proj   conv1                   embeddings.patch_embedding
+  ^norm_before       -                  ln_pre                  pre_layrnorm
+  ^norm\.            -                  ln_post.                post_layernorm.
+  ^projection.weight -                  proj.T                  visual_projection.weight
+  ^projection        -                  text_projection         text_projection.weight.T
+  ^blocks            -                  transformer.resblocks   encoder.layers
+  .norm(\d)          -                  .ln_\1                  .layer_norm\1
+  .attention.qkv.    .attn.qkv.         .attn.in_proj_          .self_attn.qkv_proj.
+  .attention.out     .attn.proj         .attn.out_proj          .self_attn.out_proj
+  .scale(\d)         .ls\1              -                       -
+  .mlp.up            .mlp.fc1           .mlp.c_fc               .mlp.fc1
+  .mlp.down          .mlp.fc2           .mlp.c_proj             .mlp.fc2
+""")
 CLIP_VISION_NAMES = CLIP_NAMES + [("^", "visual.")]
 CLIP_TEXT_NAMES = [(r"^norm\.", "ln_final.")] + CLIP_NAMES
-# CLIP's class token (D) and positions (N, D).
-UNBATCHED = {"class_token": lambda tensor: tensor[0, 0], "position": lambda tensor: tensor[0]}
-VISION_LAYOUTS = [
-    Layout("dinov2", "register_tokens", "", DINOV2_NAMES),
-    Layout("clip", "visual.class_embedding", r"visual\.", CLIP_VISION_NAMES,
-           {**UNBATCHED, "projection.weight": torch.t}),
-    # EVA-02's files hold its rotary tables, too.
-    Layout("eva", "visual.blocks.0.attn.inner_attn_ln.weight", r"visual\.(?!.*rope\.freqs_)",
-           EVA_NAMES + [("^", "visual.")]),
-    Layout("dinov2", "embeddings.register_tokens", "", HF_DINOV2_NAMES,
-           qkv=("query", "key", "value")),
-    Layout("clip", "vision_model.embeddings.class_embedding",
-           r"(vision_model(?!\.embeddings\.position_ids)|visual_projection)\.",
-           HF_CLIP_NAMES + [("^(?!visual_projection)", "vision_model.")], UNBATCHED,
-           qkv=("q_proj", "k_proj", "v_proj")),
-]
-TEXT_LAYOUTS = [
-    # OpenAI's archives have three plain numbers among their tensors.
-    Layout("clip text", "token_embedding.weight",
-           r"(?!visual\.|input_resolution|context_length|vocab_size)", CLIP_TEXT_NAMES),
-    Layout("eva text", "text.token_embedding.weight", r"text\.|logit_scale",
-           CLIP_TEXT_NAMES + [("^(?!logit_scale)", "text.")]),
-    Layout("clip text", "text_model.embeddings.token_embedding.weight",
-           r"(text_model(?!\.embeddings\.position_ids)|text_projection)\.|logit_scale",
-           [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES,
-            ("^(?!text_projection|logit_scale)", "text_model.")],
-           {"projection": torch.t}, qkv=("q_proj", "k_proj", "v_proj")),
-]
+EVA_NAMES = [                               # EVA-02 renamed some and has layers of its own
+    (".attention.qkv", ".attn.qkv_proj"), (".attention.(q|v)[a-z]+_bias", r".attn.\1_bias"),
+    (".attention.norm", ".attn.inner_attn_ln"), (".mlp.norm", ".mlp.ffn_ln"),
+    (".mlp.gate", ".mlp.w1"), (".mlp.up", ".mlp.w2"), (".mlp.down", ".mlp.w3"),
+    ("^projection", "head"), *DINOV2_NAMES, ("^", "visual.")]
+HF_DINOV2_NAMES = DINOV2_NAMES + [          # Hugging Face renamed DINOv2's layers
+    ("^blocks", "encoder.layer"), ("^norm", "layernorm"), ("attn.qkv", "attention.attention.qkv"),
+    ("attn.proj", "attention.output.dense"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"),
+    ("pos_embed", "position_embeddings"), ("patch_embed.proj", "patch_embeddings.projection"),
+    ("^(?=cls|pos|reg|patch)", "embeddings.")]
+# Tensors of the files that no tower needs: of pretraining alone, computed here, or plain numbers.
+UNUSED = "mask_token|logit_scale|freqs_|position_ids|_resolution|context_length|vocab_size"
 
+# A tensor that only these files have: family, names, what query, key and value layers are called.
+FUSED, APART = ("qkv",), ("q", "k", "v")
+LAYOUTS = {
+    "vision": {
+        "register_tokens": ("dinov2", DINOV2_NAMES, FUSED),
+        "visual.class_embedding": ("clip", CLIP_VISION_NAMES, FUSED),
+        "visual.blocks.0.attn.inner_attn_ln.weight": ("eva", EVA_NAMES, APART),
+        "embeddings.register_tokens": ("dinov2", HF_DINOV2_NAMES, ("query", "key", "value")),
+        "vision_model.embeddings.class_embedding": (
+            "clip", HF_CLIP_NAMES + [("^(?!visual_)", "vision_model.")], APART)},
+    "text": {
+        "token_embedding.weight": ("clip text", CLIP_TEXT_NAMES, FUSED),
+        "text.token_embedding.weight": ("eva text", CLIP_TEXT_NAMES + [("^", "text.")], FUSED),
+        "text_model.embeddings.token_embedding.weight": (
+            "clip text", [(r"^norm\.", "final_layer_norm."), *HF_CLIP_NAMES,
+                          ("^(?!text_)", "text_model.")], APART)},
+}
 
-# ---- Loading and fetching -------------------------------------------------------------------
 
 def load_vision(path, image_size=None, state=None):
-    """A frozen vision tower from a published file; its tensors' names tell the family.
+    """A frozen vision tower from a published file; its tensors tell the family and the sizes.
 
-    That is DINOv2 with registers, CLIP, or EVA-02 as CLIP, as their authors published them, or the
-    first two in Hugging Face's layout, the file or its folder. Files of CLIP hold both towers.
-    `tower(images (B, 3, H, W))` gives the final normed tokens (B, N, D). Widths and depths are read
-    from the tensors. With `image_size` (pixels) the grid of positions is resized to that size once;
-    without it, the grid stays as published and is resized for every input. Raises WeightsError,
-    naming the tensor, for anything missing, extra or misshapen; OSError if the file cannot be read;
-    ValueError if the patch does not divide `image_size`. `state`: the tensors, if they were read.
+    The families: DINOv2 with registers, CLIP, and EVA-02 as CLIP, as their authors published them;
+    the first two also in Hugging Face's layout, the file or its folder. `tower(images)`, of images
+    (B, 3, H, W), gives the final normed tokens (B, N, D). `image_size` (pixels) resizes the grid of
+    positions once; without it, the grid is resized for every input. `state`: the tensors, if they
+    were read. Raises WeightsError, naming the tensor, for anything missing, extra or misshapen;
+    OSError if the file cannot be read; ValueError if the patch does not divide `image_size`.
     """
-    state, layout, depth, size = in_layout(path, "vision", VISION_LAYOUTS, state)
-    width = size("patch.weight", 0)
-    dinov2 = layout.family == "dinov2"
-    shape = VisionShape(
-        patch=size("patch.weight", 3), width=width, depth=depth, heads=width // 64,
-        grid=math.isqrt(size("position", -2) - 1),
-        registers=size("registers", 1) if dinov2 else 0,
-        embed=0 if dinov2 else size("projection.weight", 0), family=layout.family)
-    tower = tower_from(ViT, shape, state, path, layout)
+    def shape(size, depth, family):
+        width, dinov2 = size("patch.weight", 0), family == "dinov2"
+        return VisionShape(
+            size("patch.weight", 3), width, depth, heads=width // 64,
+            grid=math.isqrt(size("position", -2) - 1),
+            registers=size("registers", 1) if dinov2 else 0,
+            embed=0 if dinov2 else size("projection.weight", 0), family=family)
+
+    tower = load_tower("vision", path, state, ViT, shape)
     if image_size is not None:
         tower.resize(image_size)
     return tower
@@ -647,136 +495,79 @@ def load_vision(path, image_size=None, state=None):
 def load_text(path, state=None):
     """A frozen text tower, CLIP's or that of EVA-02 as CLIP; files as for `load_vision`.
 
-    `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). `state` and errors: as for
-    `load_vision`.
+    `tower(tokens (B, L))` gives `words` (B, L, D) and `sentence` (B, E). `state`, errors: as there.
     """
-    state, layout, depth, size = in_layout(path, "text", TEXT_LAYOUTS, state)
-    state.setdefault("logit_scale", torch.zeros(()))    # files of a text tower alone have none
-    width = size("embedding.weight", 1)
-    shape = TextShape(
-        width, depth, heads=width // 64, embed=size("projection", 1),
-        vocabulary=size("embedding.weight", 0), positions=size("position", 0),
-        family=layout.family)
-    return tower_from(TextTransformer, shape, state, path, layout)
+    def shape(size, depth, family):
+        vocabulary, width = (size("embedding.weight", axis) for axis in (0, 1))
+        return TextShape(width, depth, heads=width // 64, embed=size("projection", 1),
+                         vocabulary=vocabulary, positions=size("position", 0), family=family)
+
+    return load_tower("text", path, state, TextTransformer, shape)
 
 
-def in_layout(path, kind, layouts, state):
-    """The tensors of one tower in a file: (state, layout, depth, size).
+def load_tower(kind, path, state, tower_class, shape):
+    """A frozen tower in single precision from a file in one of LAYOUTS[kind].
 
-    `size(name, axis)` is the length of one axis of the tensor that we call `name`.
+    `shape(size, depth, family)` is its shape; `size(name, axis)` of a tensor by its name here.
     """
-    state = read_tensors(path) if state is None else state
-    layout = next((layout for layout in layouts if layout.mark in state), None)
-    if layout is None:
-        marks = ", ".join(f"{layout.mark} ({layout.family})" for layout in layouts)
+    state = read_file(weight_file(path))[0] if state is None else state
+    mark = next((name for name in LAYOUTS[kind] if name in state), None)
+    if mark is None:
         raise WeightsError(f"{path}: no {kind} tower of a known family, each of which has one of "
-                           f"{marks}; found {', '.join(list(state)[:4])}, ...")
-    state = {name: tensor for name, tensor in state.items() if re.match(layout.belongs, name)}
-    block = re.escape(renamed("blocks.", layout.names)) + r"(\d+)\."
-    depth = len({match[1] for match in (re.match(block, name) for name in state) if match})
+                           f"{', '.join(LAYOUTS[kind])}; found {list(state)[:4]}")
+    family, names, qkv = LAYOUTS[kind][mark]
+    # Files of CLIP and EVA-02 hold both towers; the names of vision tensors begin so.
+    prefix = r"visual|vision_" if family in ("clip", "eva") else r"(?!visual|vision_)"
+    state = {name: tensor for name, tensor in state.items()
+             if re.match(prefix, name) and not re.search(UNUSED, name)}
+    for name in {"visual.proj", "text_projection.weight"} & state.keys():
+        state[f"{name}.T"] = state.pop(name).t()        # stored as the transpose of ours
+    blocks = renamed("blocks.", names)
+    depth = len({name[len(blocks):].split(".")[0] for name in state if name.startswith(blocks)})
 
-    def size(name, axis):
-        stored = renamed(name, layout.names)
-        if layout.views.get(name) is torch.t:
-            axis = 1 - axis
-        try:
-            return state[stored].shape[axis]
-        except (KeyError, IndexError):
-            raise WeightsError(f"{path}: tensor {stored} is missing or misshapen") from None
+    def size(name, axis):       # 1 for a missing tensor, which `load_tensors` then names
+        stored = renamed(name, names)
+        return state[stored].shape[axis] if stored in state else 1
 
-    return state, layout, max(depth, 1), size
-
-
-def tower_from(tower_class, shape, state, path, layout):
-    """A frozen tower of this shape that holds exactly these tensors, in single precision."""
     with torch.device("meta"):
-        tower = tower_class(shape)
+        tower = tower_class(shape(size, depth, family))
     tower.to_empty(device="cpu")
-    stored = {}             # views of the tower's tensors, as the file names and shapes them
+    expected = {}
     for name, tensor in tower.state_dict().items():
-        theirs, tensor = renamed(name, layout.names), layout.views.get(name, unchanged)(tensor)
-        if ".qkv." in name:
-            parts = zip(layout.qkv, tensor.chunk(len(layout.qkv)))
-            stored |= {theirs.replace("qkv", part): rows for part, rows in parts}
-        else:
-            stored[theirs] = tensor
-    load_tensors(tower, state, path, expected=stored)
-    return freeze(tower)
+        words = qkv if ".qkv." in name else FUSED
+        for word, rows in zip(words, tensor.chunk(len(words))):
+            expected[renamed(name, names).replace("qkv", word)] = rows
+    load_tensors(expected, state, path)
+    return tower.requires_grad_(False)
 
 
 @torch.no_grad()
-def load_tensors(module, state, path, names=(), expected=None):
-    """Copies each tensor of `state` into the module's tensor of the same name.
+def load_tensors(expected, state, path, names=()):
+    """Copies each tensor of `state` into the one of the same name in `expected`, a state_dict.
 
-    `expected`: the part of `module.state_dict()`, or views of it, that is filled; all by default.
-    `names` translates its names into those of the file. Raises WeightsError that names, in the
-    file's words, the first tensor missing, unexpected or misshapen, and their count, or one with
-    numbers that are not finite.
+    `names` translates our names into those of the file. Axes of length one may be missing or extra.
+    Raises WeightsError that names, in the file's words, the first tensor missing, unexpected or
+    misshapen, and their count, or one with numbers that are not finite.
     """
-    own = {renamed(name, names): tensor for name, tensor in
-           (module.state_dict() if expected is None else expected).items()}
-    check_plain(path, state)
+    own = {renamed(name, names): tensor for name, tensor in expected.items()}
     for problem, found in (
             ("missing", [name for name in own if name not in state]),
             ("unexpected", [name for name in state if name not in own]),
             ("misshapen", [f"{name}, {tuple(state[name].shape)} in the file, "
                            f"{tuple(tensor.shape)} expected" for name, tensor in own.items()
-                           if name in state and state[name].shape != tensor.shape])):
+                           if name in state and state[name].squeeze().shape
+                           != tensor.squeeze().shape])):
         if found:
             raise WeightsError(f"{path}: {len(found)} tensor(s) {problem}, the first: {found[0]}")
     for name, tensor in own.items():
-        if not tensor.copy_(state[name]).isfinite().all():
-            raise WeightsError(f"{path}: tensor {name} holds numbers that are not finite in "
-                               f"{tensor.dtype}")
-
-
-HF_FILES = ("model.safetensors", "pytorch_model.bin")
+        if not tensor.copy_(state[name].view_as(tensor)).isfinite().all():
+            raise WeightsError(f"{path}: {name} holds numbers not finite in {tensor.dtype}")
 
 
 def weight_file(path):
-    """`path`, or the weight file in it if it is a folder of Hugging Face's. FileNotFoundError."""
-    if not os.path.isdir(path):
-        return path
-    for name in HF_FILES:
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
-    raise FileNotFoundError(f"{path}: a folder without {' or '.join(HF_FILES)}")
-
-
-def read_tensors(path):
-    """Name -> tensor of a PyTorch file, TorchScript archive, .safetensors file, or their folder."""
-    path = weight_file(path)
-    state = (read_safetensors(path)[0] if str(path).endswith(".safetensors") else
-             read_file(path))
-    check_plain(path, state)
-    return dict(state)
-
-
-NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
-
-
-def check_plain(path, state):
-    """Raises WeightsError unless `state` is a table of named tensors of ordinary numbers."""
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: not a table of named tensors")
-    for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                and tensor.dtype in NUMBERS):
-            raise WeightsError(f"{path}: {name} is not a plain tensor of numbers")
-
-
-def read_safetensors(path):
-    """Name -> tensor, and the metadata, of a .safetensors file. Raises WeightsError, OSError."""
-    try:
-        import safetensors
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except ImportError:
-        raise WeightsError(f"{path}: to read .safetensors files, pip install safetensors; or take "
-                           f"the same weights as {HF_FILES[1]}") from None
-    except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path}: not a readable .safetensors file: {error}; "
-                           f"fetch it again") from None
+    """`path`, or the weight file in it if it is a folder of Hugging Face's."""
+    files = (os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin"))
+    return next(filter(os.path.isfile, files), path)
 
 
 # Some programs save a figure as a number of numpy's.
@@ -786,73 +577,64 @@ NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.sca
 
 
 def read_file(path):
-    """What torch.save wrote, or the tensors of a TorchScript archive, without running any code.
+    """What torch.save wrote, or the tensors of a TorchScript archive or a .safetensors file.
 
-    Raises WeightsError for any other content, OSError if the file cannot be opened.
+    Runs no code of the file. The second result is the metadata of a .safetensors file, None for
+    others. Raises WeightsError for any other content, OSError if the file cannot be opened.
     """
-    with open(path, "rb"):
-        pass                                        # any error after this is about the content
+    open(path, "rb").close()                        # any error after this is about the content
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
-            warnings.simplefilter("ignore")         # about TorchScript's age, or a foreign pickle
-            code = []                               # the program of a TorchScript archive
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():           # PyTorch does not look at the checksums
-                        raise ValueError("a checksum is wrong")
-                    code = [archive.read(name) for name in archive.namelist() if "/code/" in name]
-            if any(b"__setstate__" in part for part in code):
-                raise ValueError("its program would run on loading")
-            if code:
-                return torch.jit.load(path, map_location="cpu").state_dict()
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            import safetensors
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        program = b""                               # of a TorchScript archive
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():               # PyTorch does not look at the checksums
+                    raise ValueError("a checksum is wrong")
+                program = b"".join(archive.read(name) for name in archive.namelist()
+                                   if "/code/" in name)
+        if b"__setstate__" in program:              # it would run on loading
+            raise ValueError("it holds code")
+        with warnings.catch_warnings(action="ignore"):      # TorchScript's age, foreign pickles
+            if program:
+                return torch.jit.load(path, map_location="cpu").state_dict(), None
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                return torch.load(path, map_location="cpu", weights_only=True), None
+    except ImportError:
+        raise WeightsError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:                      # each reader has other exceptions
         raise WeightsError(f"{path}: not a readable weight file: it is damaged, of another kind, "
-                           f"or holds code, which is refused; fetch it again") from error
+                           f"or holds code, which is refused; delete it, fetch it again") from error
 
 
 def sha256(path):
     """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(name, folder="pretrained"):
     """Fetches a file of PUBLISHED into a folder, unless it is there, and returns its path.
 
-    The file gets its name only when it is whole and has the published SHA-256. Raises OSError if it
-    cannot be fetched or written, WeightsError for another SHA-256.
+    Raises WeightsError, and leaves no file, if it cannot be fetched or has another SHA-256.
     """
     published = PUBLISHED[name]
     target = os.path.join(folder, published.file)
-    if os.path.exists(target):
-        return target
-    os.makedirs(folder, exist_ok=True)
-    part = f"{target}.part"
-    with tqdm(desc=published.file, unit="B", unit_scale=True) as bar:
-        def show(blocks, block_size, total):
-            bar.total = total
-            bar.update(blocks * block_size - bar.n)
-
-        try:        # raises, unlike torch.hub's, if the connection ends early
-            urllib.request.urlretrieve(published.address, part, show)
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"{published.address}, fetched to {part}: {error}") from error
-    if published.sha256 not in (None, sha256(part)):
-        raise WeightsError(f"{part}: not the published file, whose SHA-256 is "
-                           f"{published.sha256[:16]}...; fetch it again")
-    os.replace(part, target)
+    if not os.path.exists(target):
+        os.makedirs(folder, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(published.address, target, published.sha256)
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(f"{published.address}, fetched to {target}: {error}") from error
     return target
 
 
 def main():
     parser = argparse.ArgumentParser(description="Fetch published weights into pretrained/.")
     parser.add_argument("command", choices=["download"])
-    parser.add_argument("names", metavar="NAME", nargs="+", choices=PUBLISHED,
-                        help=", ".join(PUBLISHED))
+    parser.add_argument("names", nargs="+", choices=PUBLISHED)
     for name in parser.parse_args().names:
         print(download(name))
 
@@ -912,9 +694,9 @@ class Linear(nn.Linear):
 class UnfusedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(C)) v of all heads in plain products, with dropout of the weights.
 
-    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. Its
-    backward is written by hand because it keeps the weights once, and a byte each for which were
-    dropped. Autograd would keep them three times: plain, masked, and the mask in their type.
+    q (B, heads, N, C), k and v (B, heads, M, C), visible (B, 1, 1, M) or None. The backward by hand
+    keeps the weights once, and a byte each for which were dropped. Autograd would keep them three
+    times: plain, masked, and the mask in their type.
     """
 
     @staticmethod
@@ -927,7 +709,7 @@ class UnfusedAttention(torch.autograd.Function):
             # Random numbers cost most, so each one of 64 bits serves four weights. That rounds the
             # share to a multiple of 2^-16, below 1.
             threshold = min(round(dropout * 2**16), 2**16 - 1)
-            bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+            bits = torch.randint(-2**63, 2**63 - 1, (-(-weights.numel() // 4),))
             dropped = bits.view(torch.int16)[:weights.numel()].view_as(weights) < threshold - 2**15
             ctx.rescale = 1 / (1 - threshold / 2**16)
         out = (weights if dropped is None else weights.masked_fill(dropped, 0)) @ (v * ctx.rescale)
@@ -955,5 +737,3 @@ if __name__ == "__main__":
     except (WeightsError, OSError) as error:
         print(f"backbones.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

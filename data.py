@@ -4,9 +4,9 @@
     python data.py shapes-b DIR     draws the second domain into DIR/shapes-b
     python data.py check DIR        compares the data sets in DIR with their published sizes
 
-A REFER data set is a folder `ROOT/NAME` with two files: `instances.json` has the photos' names and
-the objects' masks (COCO's annotations), `refs(SPLITBY).p` the expressions and the splits. Both are
-read as they are distributed: no conversion, no database.
+A REFER data set is a folder `ROOT/NAME` with two files, which are read as they are distributed:
+`instances.json` has the photos' names and the objects' masks (COCO's annotations),
+`refs(SPLITBY).p` the expressions and the splits.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import random
 import re
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,15 +55,20 @@ PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")     # none 
 
 def normalise(images):
     """Scales uint8 images (B, 3, S, S) to the towers' input: float32, by CLIP's mean and std."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = on_device(images.device)
     return (images.float() / 255 - mean) / std
+
+
+@functools.cache                            # a GPU would wait for a copy at each step
+def on_device(device):
+    """MEAN and STD, each (3, 1, 1)."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
 
 
 def read_photo(path, upright=False):
     """Reads an RGB image. Raises DataError if it is not an image, is truncated, or is too large.
 
-    `upright` applies EXIF's rotation, as a phone's photo needs it. COCO's polygons need the pixels
-    as they are stored.
+    `upright` applies EXIF's rotation, as phones need it. COCO's polygons need the stored pixels.
     """
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
@@ -85,11 +90,7 @@ def letterbox_place(width, height, size):
 
 
 def letterbox(photo, size):
-    """Puts a photo (PIL, RGB) on a square: uint8 (3, S, S).
-
-    The longer side is resized to `size` (bicubic), the photo is centred, and the mean colour fills
-    the borders.
-    """
+    """Resizes a photo (PIL, RGB) onto a square of the mean colour, bicubic: uint8 (3, S, S)."""
     # `warp` fills borders with 0. So the mean colour is subtracted before it, and added afterwards.
     colour = torch.tensor(MEAN_COLOUR, dtype=torch.float32)
     columns = torch.from_numpy(np.array(photo.transpose(Image.Transpose.TRANSPOSE))).flatten(1)
@@ -100,8 +101,7 @@ def letterbox(photo, size):
 
 def letterbox_mask(mask, size):
     """Puts a mask, uint8 (H, W), 0 to 255, where its photo lies: uint8 (1, S, S), bilinear."""
-    height, width = mask.shape
-    place = letterbox_place(width, height, size)
+    place = letterbox_place(*mask.shape[::-1], size)
     square = warp(mask.t()[..., None].float(), *place, size, size, cubic=False)
     return square.round_().byte().contiguous()
 
@@ -117,9 +117,8 @@ def warp(image, scale, left, top, width, height, cubic=True):
     """Resizes and moves an image: pixel (x, y) moves to (left + scale * x, top + scale * y).
 
     Takes (W, H, C), float; returns (C, height, width). Bicubic or bilinear without antialiasing; 0
-    outside the image. It equals OpenCV 4's cv2.warpAffine, with which the authors' programs resize
-    photos, masks and predictions. Without a rotation, the two axes can be resized one by one.
-    OpenCV 4 rounds positions to 1/32 pixel (OpenCV 5.0 does not).
+    outside the image. It equals OpenCV 4's cv2.warpAffine, as the authors' programs call it, which
+    rounds positions to 1/32 pixel (OpenCV 5.0 does not). The two axes are resized one by one.
     """
     if width * image.shape[1] > height * len(image):        # first the axis that shrinks more
         return warp(image.transpose(0, 1), scale, top, left, height, width, cubic).transpose(1, 2)
@@ -145,8 +144,7 @@ def taps(length, side, scale, shift, cubic, device):
     x = torch.arange(side, dtype=torch.float64)
     place = (1024 * x / scale).round() - round(1024 * shift / scale)        # in 1/1024 pixel
     place = ((place + 16) / 32).floor()[:, None] / 32                       # to 1/32, in pixels
-    offsets = torch.arange(-1, 3) if cubic else torch.arange(2)
-    index = place.floor().long() + offsets
+    index = place.floor().long() + (torch.arange(-1, 3) if cubic else torch.arange(2))
     distance = (place - index).abs()
     weights = 1 - distance
     if cubic:
@@ -193,10 +191,8 @@ class TrainSet(Dataset):
                 photo, mask = read_pair(ref)
                 break
             except DataError:
-                if not self.skip_broken:
+                if not self.skip_broken or skipped == len(self.refs) - 1:
                     raise
-        else:
-            raise DataError("every photo is broken")
         sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
         return {"image": letterbox(photo, self.image_size),
                 "tokens": self.tokenizer([sentence], self.length)[0],
@@ -208,15 +204,14 @@ class ExpressionSet(Dataset):
     """Every expression of every ref once, for evaluation.
 
     `dataset[index]` is a dictionary of image, uint8 (3, S, S); tokens, int64 (L,); mask at the
-    photo's own size, bool (H, W); index. With `skip_broken`, it is None if the photo or the mask is
-    broken.
+    photo's own size, bool (H, W); index. Or, with `skip_broken`, None for a broken photo or mask.
     """
 
     def __init__(self, refs, tokenizer, image_size, length, skip_broken=False):
         self.pairs = [(ref, sentence) for ref in refs for sentence in ref.sentences]
         self.tokenizer, self.image_size = tokenizer, image_size
         self.length, self.skip_broken = length, skip_broken
-        self.last_ref, self.last_read = None, None      # the next expression often has the same ref
+        self.last = None, None                  # the next expression often has the same ref
 
     def __len__(self):
         return len(self.pairs)
@@ -224,16 +219,15 @@ class ExpressionSet(Dataset):
     def __getitem__(self, index):
         ref, sentence = self.pairs[index]
         try:
-            if self.last_ref is not ref:
+            if self.last[0] is not ref:
                 photo, mask = read_pair(ref)
-                self.last_ref, self.last_read = ref, (letterbox(photo, self.image_size), mask > 0)
+                self.last = ref, {"image": letterbox(photo, self.image_size), "mask": mask > 0}
         except DataError:
             if not self.skip_broken:
                 raise
             return None
-        image, mask = self.last_read
-        return {"image": image, "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": mask, "index": index}
+        tokens = self.tokenizer([sentence], self.length)[0]
+        return {**self.last[1], "tokens": tokens, "index": index}
 
 
 def read_pair(ref):
@@ -247,19 +241,18 @@ def read_pair(ref):
 
 def decode_mask(ref):
     """The mask of a ref, uint8 (height, width), 0 and 1. Raises DataError if it has none."""
-    rle, size = ref.segmentation, (ref.height, ref.width)
+    rle, size = ref.segmentation, [ref.height, ref.width]
     try:
-        if isinstance(rle, dict):
-            if tuple(rle["size"]) != size:
-                raise ValueError(f"RLE of size {rle['size']}")
-            if isinstance(rle["counts"], list):
-                rle = pycocotools.mask.frPyObjects(rle, *size)
-        else:
+        if isinstance(rle, list):
             # pycocotools would take two points for a box, and memory for an outline far outside.
             polygons = [p for p in rle if len(p) >= 6 and len(p) % 2 == 0]
             if not polygons or not np.abs(np.concatenate(polygons)).max() < 4 * max(size):
                 raise ValueError("no polygon of three points or more, or one far outside")
             rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *size))
+        elif isinstance(rle["counts"], list):
+            rle = pycocotools.mask.frPyObjects(rle, *size)
+        if list(rle["size"]) != size:
+            raise ValueError(f"RLE of size {rle['size']}")
         mask = pycocotools.mask.decode(rle)
         # pycocotools does not define the pixels after the end of a short RLE.
         if not 0 < np.count_nonzero(mask) == pycocotools.mask.area(rle):
@@ -282,8 +275,9 @@ PUBLISHED_SIZES = {
     "refcocog-umd": {"train": (42226, 80512), "val": (2573, 4896), "test": (5023, 9602)},
     "refcocog-google": {"train": (44822, 85474), "val": (5000, 9536)},
 }
-SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc"}        # where a folder holds several
 MIXED = ("refcoco", "refcoco+", "refcocog-umd")
+# NAME alone is the refs file of this SPLITBY. In folders of other names it is the only refs file.
+SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": None}
 # Tokens per expression, with start and end, as the authors cut them.
 LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog-umd": 22, "refcocog-google": 22, "mixed": 22}
 WHERE = ("the README says where to get RefCOCO, RefCOCO+, RefCOCOg and the COCO images, and "
@@ -294,94 +288,40 @@ def read_split(root, name, split, skip_broken=False, keep_leaks=False):
     """Reads one split: its refs, and how many broken entries were left out. Raises DataError.
 
     `mixed` joins refcoco, refcoco+ and refcocog-umd. Their splits overlap, so its train leaves out
-    every image in a val or test split of any of the three. `keep_leaks` keeps these images, as
-    DCRIS's authors did for training. (G-Ref's google split is not compared.)
+    the images in val and test splits of the three (G-Ref's google split is not compared).
+    `keep_leaks` keeps these images, as DCRIS's authors did for training.
     """
-    parts = [read_refs(root, part, skip_broken)
-             for part in (MIXED if name == "mixed" else (name,))]
+    parts = [read_refs(root, part) for part in (MIXED if name == "mixed" else (name,))]
+    broken = [error for _, errors in parts for error in errors]
+    if broken and not skip_broken:
+        raise DataError(f"{broken[0]}; --skip-broken leaves such entries out")
     joined = [ref for splits, _ in parts for ref in splits.get(split, [])]
     if name == "mixed" and split == "train" and not keep_leaks:
         held_out = {ref.image_id for splits, _ in parts
                     for other, refs in splits.items() if other != "train" for ref in refs}
         joined = [ref for ref in joined if ref.image_id not in held_out]
     if not joined:
-        found = sorted({reason(other) for splits, _ in parts for other in splits})
-        raise DataError(f"{name} in {root} has no split {split!r}; found: "
-                        f"{', '.join(found) or 'none'}")
-    return joined, sum(skipped for _, skipped in parts)
+        found = dict.fromkeys(str(other) for splits, _ in parts for other in splits)
+        raise DataError(f"{name} in {root} has no split {split!r}; found: {', '.join(found)}")
+    return joined, len(broken)
 
 
-def held_out_splits(root, name, skip_broken=False):
-    """The names of a data set's splits except train, in the order of its refs file."""
-    names = [split for split in read_refs(root, name, skip_broken)[0] if split != "train"]
-    if not names:
-        raise DataError(f"{name} in {root} has no split but train; add --split train")
-    return names
+def held_out_splits(root, name):
+    """The splits to evaluate: all except train, in the order of the refs file, or else val."""
+    return [split for split in read_refs(root, name)[0] if split != "train"] or ["val"]
 
 
-@functools.lru_cache(maxsize=len(MIXED))
-def read_refs(root, name, skip_broken=False):
-    """Reads all splits of a data set: {split: [Ref]}, and how many broken entries it left out.
-
-    Raises DataError for the first broken entry (its file, place and field), unless `skip_broken`.
-    """
-    folder, path = locate(root, name)
-    refs, images, annotations = read_files(folder, path)
-    folders = [Path(root, "images", "train2014"),
-               Path(root, "images", "mscoco", "images", "train2014"),
-               Path(root, "images"), folder / "images"]
-    photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
-              for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
-    if not photos:
-        raise DataError(f"no images in any of {', '.join(map(str, folders))}; {WHERE}")
-    splits, skipped = {}, 0
-    for place, entry in enumerate(refs):
-        try:
-            ref = read_ref(entry, images, annotations, photos)
-            splits.setdefault(entry["split"], []).append(ref)
-        except Exception as error:          # an entry of a wrong type can raise nearly anything
-            if not skip_broken:
-                raise DataError(f"{path}, entry {place}: not a usable ref ({reason(error)}); "
-                                f"--skip-broken leaves such entries out") from None
-            skipped += 1
-    return splits, skipped
-
-
-def read_ref(entry, images, annotations, photos):
-    """Makes a Ref from one entry of a refs file. A broken entry can raise any error."""
-    image_id, ann_id = entry["image_id"], entry["ann_id"]
-    if image_id not in images:
-        raise DataError(f"image {image_id} is not in instances.json")
-    if ann_id not in annotations:
-        raise DataError(f"annotation {ann_id} is not in instances.json")
-    image, segmentation = images[image_id], annotations[ann_id]["segmentation"]
-    if not segmentation:
-        raise DataError(f"annotation {ann_id} has no mask")
-    name = image["file_name"]           # the entry's own file_name is not that of a file
-    if name not in photos:
-        raise DataError(f"image {image_id}: no image folder holds {name}")
-    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
-    if not all(map(clean, sentences or [""])):
-        raise DataError("an expression is empty")
-    return Ref(entry["ref_id"], image_id, photos[name], image["width"], image["height"],
-               segmentation, sentences)
-
-
-def locate(root, name):
-    """Finds the folder and the refs file of a data set NAME or NAME-SPLITBY. Raises DataError."""
-    folder, split_by = Path(root, name), SPLIT_BY.get(name, "*")
-    if not folder.is_dir() and "-" in name:
-        folder, split_by = Path(root, name.rsplit("-", 1)[0]), name.rsplit("-", 1)[1]
-    if not (folder / "instances.json").is_file():
-        found = sorted(path.parent.name for path in Path(root).glob("*/instances.json"))
-        raise DataError(f"{root}: no data set {name!r} (no {folder / 'instances.json'}); found: "
-                        f"{', '.join(found) or 'none'}; {WHERE}")
-    files = list(folder.glob(f"refs({split_by}).p"))
-    if len(files) != 1:
-        found = sorted(f"{folder.name}-{path.name[5:-3]}" for path in folder.glob("refs(*).p"))
-        raise DataError(f"{folder}: {len(files)} files are named refs({split_by}).p; choose a data "
-                        f"set: {', '.join(found) or 'none'}")
-    return folder, files[0]
+def find_data_sets(root):
+    """The refs files in ROOT: {NAME or NAME-SPLITBY: path}. Raises DataError if there is none."""
+    found = {}
+    for path in sorted(Path(root).glob("*/refs(*).p")):
+        name, split_by = path.parent.name, path.name[5:-3]
+        alone = len(list(path.parent.glob("refs(*).p"))) == 1
+        short = SPLIT_BY[name] == split_by if name in SPLIT_BY else alone
+        found[name if short else f"{name}-{split_by}"] = path
+    if not found:
+        raise DataError(f"{root}: no folder with a refs(*).p in it; {WHERE}")
+    return found
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -391,18 +331,53 @@ class PlainUnpickler(pickle.Unpickler):
         raise DataError(f"it asks for {module}.{name}, which could run code")
 
 
-def read_files(folder, path):
-    """Reads refs, images by id, and annotations by id. Raises DataError if a file is damaged."""
+@functools.lru_cache(maxsize=len(MIXED))
+def read_refs(root, name):
+    """Reads a data set: its splits, {split: [Ref]}, and an error message per broken entry.
+
+    Raises DataError if the data set or its images are missing, or a file is damaged.
+    """
+    files = find_data_sets(root)
+    if name not in files:
+        raise DataError(f"{root}: no data set {name!r}; found: {', '.join(files)}; {WHERE}")
+    path = refs_file = files[name]
     try:
         with open(path, "rb") as file:          # a pickle of Python 2 or 3
-            refs = list(PlainUnpickler(file, encoding="utf-8", errors="replace").load())
-        path = folder / "instances.json"
-        with open(path, encoding="utf-8") as file:
-            instances = json.load(file)
-        return refs, *({entry["id"]: entry for entry in instances[key]}
-                       for key in ("images", "annotations"))
+            entries = list(PlainUnpickler(file, encoding="utf-8", errors="replace").load())
+        path = refs_file.with_name("instances.json")
+        instances = json.loads(path.read_bytes())
+        instances = {f"{kind} {entry['id']}": entry for kind in ("image", "annotation")
+                     for entry in instances[f"{kind}s"]}
     except Exception as error:                  # damaged files raise errors of many types
         raise DataError(f"{path}: cannot be read ({reason(error)})") from None
+    folders = [Path(root, "images/train2014"), Path(root, "images/mscoco/images/train2014"),
+               Path(root, "images"), path.parent / "images"]
+    photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
+              for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
+    if not photos:
+        raise DataError(f"no images in any of {', '.join(map(str, folders))}; {WHERE}")
+    splits, broken = {}, []
+    for place, entry in enumerate(entries):
+        try:
+            ref = read_ref(entry, instances, photos)
+            splits.setdefault(entry["split"], []).append(ref)
+        except Exception as error:          # an entry of a wrong type can raise nearly anything
+            broken.append(f"{refs_file}, entry {place}: not a usable ref ({reason(error)})")
+    return splits, broken
+
+
+def read_ref(entry, instances, photos):
+    """Makes a Ref from one entry of a refs file. A broken entry can raise any error."""
+    image = instances[f"image {entry['image_id']}"]
+    segmentation = instances[f"annotation {entry['ann_id']}"]["segmentation"]
+    name = image["file_name"]           # the entry's own file_name is not that of a file
+    if name not in photos:
+        raise DataError(f"no image folder holds {name}")
+    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
+    if not segmentation or not all(map(clean, sentences or [""])):
+        raise DataError("its mask or an expression is empty")
+    return Ref(entry["ref_id"], entry["image_id"], photos[name], image["width"], image["height"],
+               segmentation, sentences)
 
 
 # ---- Tokenizer ------------------------------------------------------------------------------
@@ -415,6 +390,9 @@ NUMBERS = r"\d" + "".join(c for c in map(chr, range(sys.maxunicode + 1))
                           if c.isnumeric() and not c.isdecimal() and not c.isalpha())
 PIECES = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                     rf"|[^\W_{NUMBERS}]+|[{NUMBERS}]|(?:[^\w ]|_)+")
+# CLIP's printable character for each of the 256 bytes, in the order of its vocabulary.
+BYTES = {b: chr(b) for b in range(256) if "!" <= chr(b) <= "~" or "¡" <= chr(b) != "\xad"}
+BYTES |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTES)}
 
 
 def clean(text):
@@ -424,17 +402,9 @@ def clean(text):
     return re.sub(r"[^\S\x1c-\x1f]", " ", text).lower()
 
 
-@functools.cache
-def byte_symbols():
-    """CLIP's printable character for each of the 256 bytes, in the order of its vocabulary."""
-    printable = [b for b in range(256) if "!" <= chr(b) <= "~" or "¡" <= chr(b) != "\xad"]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def symbols_of(piece):
     """The symbols of a piece of text before any merge: its bytes, the last marked as the end."""
-    *word, last = (byte_symbols()[b] for b in piece.encode("utf-8", errors="replace"))
+    *word, last = (BYTES[b] for b in piece.encode("utf-8", errors="replace"))
     return (*word, last + "</w>")
 
 
@@ -454,8 +424,8 @@ class Tokenizer:
 
     `tokenizer(texts, length)` gives token ids, int64 (B, length): start, pieces, end, then 0. A
     text that is too long keeps its end token last. Raises DataError if the file is no vocabulary.
-    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py. We leave out its
-    repair of garbled encodings (ftfy).
+    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py. Its repair of
+    garbled encodings (ftfy) is left out.
     """
 
     def __init__(self, path):
@@ -470,25 +440,18 @@ class Tokenizer:
         except Exception as error:          # damaged gzip data raise errors of several types
             name = "the vocabulary" if isinstance(path, bytes) else path
             raise DataError(f"{name}: not a BPE vocabulary ({reason(error)})") from None
-        symbols = list(byte_symbols().values())
-        vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs]
-        self.ids = {symbol: i for i, symbol in enumerate([*vocabulary, START, END])}
+        vocabulary = [symbol + end for end in ("", "</w>") for symbol in BYTES.values()]
+        vocabulary += ["".join(pair) for pair in pairs] + [START, END]
+        self.ids = {symbol: i for i, symbol in enumerate(vocabulary)}
         self.ranks = {pair: i for i, pair in enumerate(pairs)}
-        self.size = len(vocabulary) + 2
-        self.known = {START: [self.ids[START]], END: [self.ids[END]]}      # piece -> ids
+        self.size = len(vocabulary)
 
     def piece_ids(self, piece):
         """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
-        if piece in self.known:
-            return self.known[piece]
-        word = symbols_of(piece)
-        while len(word) > 1:
-            pair = min(zip(word, word[1:]), key=lambda p: self.ranks.get(p, math.inf))
-            if pair not in self.ranks:
-                break
-            word = merge_pair(word, pair)
-        self.known[piece] = [self.ids[symbol] for symbol in word]
-        return self.known[piece]
+        word = (piece,) if piece in (START, END) else symbols_of(piece)
+        while pairs := [pair for pair in zip(word, word[1:]) if pair in self.ranks]:
+            word = merge_pair(word, min(pairs, key=self.ranks.get))
+        return [self.ids[symbol] for symbol in word]
 
     def encode(self, text):
         """The ids of a text of any length, without start and end."""
@@ -510,54 +473,38 @@ KINDS = {"circle": (32, 1.0, 1.0), "square": (4, 1.15, 1.15), "triangle": (3, 1.
 EXTREMES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
 SCENES = {"train": 6500, "val": 150, "test": 150}
 CANVASES = ((64, 64), (64, 48), (48, 64), (64, 56), (56, 64))
+FINE = 4                            # pictures are drawn so many times larger, then averaged
+ROW, COLUMN = np.mgrid[:64 * FINE, :64 * FINE] % (5 * FINE) / (5 * FINE)
+LIGHTER = {"striped": Image.fromarray(COLUMN < 0.4),        # where a figure of a texture is lighter
+           "dotted": Image.fromarray(np.hypot(COLUMN - 0.5, ROW - 0.5) < 0.32)}
 
-
-class Domain(NamedTuple):
-    """What the scenes of one drawn data set are made of, and the words for it."""
-    colours: dict
-    sizes: dict                 # range of the radius, as a part of the canvas's longer side
-    kinds: tuple                # of KINDS
-    textures: tuple             # none: all figures are plain, and expressions name no texture
-    directions: dict            # relations of two figures, by the direction from one to the other
-    nearest: bool               # "nearest to" is a relation, too
-    shares: tuple               # of expressions by appearance, by place, by relation
-    ground: tuple               # range of the background's brightness, from 0 to 255
-    noise: float                # standard deviation, of 255
-
-
+# What the scenes of a drawn data set are made of, and the words for it.
+Domain = namedtuple("Domain", "colours sizes kinds textures relations shares ground noise")
 DOMAINS = {
     "shapes": Domain(
-        {"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
-         "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)},
-        {"small": (0.13, 0.15), "large": (0.20, 0.235)},
-        ("circle", "square", "triangle", "star"), (),
-        {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)},
-        nearest=False, shares=(0.5, 0.3, 0.2), ground=(200, 245), noise=5),
+        colours={"red": (214, 48, 49), "green": (39, 154, 74), "blue": (41, 98, 214),
+                 "yellow": (241, 196, 15), "purple": (136, 62, 168), "orange": (232, 126, 34)},
+        sizes={"small": (0.13, 0.15), "large": (0.20, 0.235)},      # radius, of the longer side
+        kinds=("circle", "square", "triangle", "star"), textures=(),      # none is named
+        relations={"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)},
+        shares=(0.5, 0.3, 0.2),         # of expressions by appearance, by place, by relation
+        ground=(200, 245), noise=5),    # range of brightness, and standard deviation, of 255
     "shapes-b": Domain(
-        {"pink": (240, 130, 175), "teal": (20, 140, 140), "brown": (125, 75, 40),
-         "lime": (165, 215, 40), "navy": (25, 35, 110), "coral": (235, 95, 75)},
-        {"little": (0.13, 0.15), "big": (0.20, 0.235)},
-        ("circle", "square", "triangle", "star", "diamond"), ("plain", "striped", "dotted"),
-        {"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1), "under": (0, 1)},
-        nearest=True, shares=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
+        colours={"pink": (240, 130, 175), "teal": (20, 140, 140), "brown": (125, 75, 40),
+                 "lime": (165, 215, 40), "navy": (25, 35, 110), "coral": (235, 95, 75)},
+        sizes={"little": (0.13, 0.15), "big": (0.20, 0.235)},
+        kinds=("circle", "square", "triangle", "star", "diamond"),
+        textures=("plain", "striped", "dotted"),
+        relations={"to the left of": (-1, 0), "to the right of": (1, 0), "over": (0, -1),
+                   "under": (0, 1), "nearest to": (0, 0)},
+        shares=(0.4, 0.25, 0.35), ground=(150, 250), noise=14),
 }
 # The words of all domains. Each becomes one token of each vocabulary, so a text tower that was
 # trained on one domain can be tuned on the other. It still has to learn what the new words mean.
-WORDS = sorted({word for domain in DOMAINS.values()
-                for names in (domain.colours, domain.sizes, domain.kinds, domain.textures,
-                              domain.directions, ["nearest to"])
+WORDS = sorted({word for domain in DOMAINS.values() for names in domain[:5]
                 for name in names for word in name.split()})
-
-
-class Figure(NamedTuple):
-    size: str
-    texture: str
-    colour: str
-    kind: str
-    x: float
-    y: float
-    reach: float                # radius of the circle around it, pixels
-    points: list                # outline, pixels
+# The words for a figure; in pixels: its centre, the radius of a circle around it, its outline.
+Figure = namedtuple("Figure", "size texture colour kind x y radius points")
 
 
 def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
@@ -570,7 +517,7 @@ def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
         radius = side * rng.uniform(*domain.sizes[size])
         reach = radius * KINDS[kind][1] + 1
         x, y = (rng.uniform(reach, extent - reach) for extent in (width, height))
-        if all(math.hypot(x - f.x, y - f.y) > reach + f.reach for f in figures):
+        if all(math.hypot(x - f.x, y - f.y) > reach + f.radius for f in figures):
             turn = rng.uniform(-0.05, 0.05) + (math.pi / 4 if kind == "square" else 0)
             count, *radii = KINDS[kind]
             corners = [(2 * math.pi * i / count + turn, radius * radii[i % 2])
@@ -583,77 +530,56 @@ def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
             figures.clear()
 
 
-def descriptions_of(figure):
-    """All true descriptions of a figure: (size, texture, colour, kind), each of them or ""."""
-    return itertools.product(*(dict.fromkeys(("", word)) for word in figure[:4]))
-
-
-def fits(figure, description):
-    """Whether a description is true of a figure."""
-    return all(word in ("", own) for word, own in zip(description, figure))
-
-
-def phrase(description):
-    *words, kind = description
-    return " ".join(filter(None, (*words, kind or "shape")))
+def phrases_of(figure):
+    """All true descriptions of a figure, such as "red star" or "large shape"."""
+    choices = ("", figure.size), ("", figure.texture), ("", figure.colour), ("shape", figure.kind)
+    phrases = (" ".join(filter(None, words)) for words in itertools.product(*choices))
+    return list(dict.fromkeys(phrases))         # a figure without texture gives each one twice
 
 
 def expressions(figure, figures, margin, domain=DOMAINS["shapes"]):
     """All expressions that refer to this figure alone: by appearance, by place, by relation.
 
-    Places and relations compare the figures' centres. A difference of less than `margin` (pixels)
-    is neither left nor right, and gives no expression.
+    Places and relations compare the figures' centres, which must differ by `margin` (pixels).
     """
     appearances, places, relations = [], [], []
-    others = [f for f in figures if f is not figure]
-    anchors = [(description, f) for f in others for description in descriptions_of(f)
-               if sum(fits(g, description) for g in figures) == 1]
-    for description in descriptions_of(figure):
-        text, rivals = f"the {phrase(description)}", [f for f in others if fits(f, description)]
+    named = [(phrase, f) for f in figures for phrase in phrases_of(f)]
+    times = Counter(phrase for phrase, _ in named)
+    for phrase in phrases_of(figure):
+        rivals = [f for other, f in named if other == phrase and f is not figure]
         if not rivals:
-            appearances.append(text)
+            appearances.append(f"the {phrase}")
             continue
         for word, (dx, dy) in EXTREMES.items():
             if all((figure.x - f.x) * dx + (figure.y - f.y) * dy > margin for f in rivals):
-                places.append(f"the {word} {phrase(description)}")
+                places.append(f"the {word} {phrase}")
+        anchors = [(p, f) for p, f in named if times[p] == 1 and f not in (figure, *rivals)]
         for anchor, at in anchors:
-            if at in rivals:
-                continue
-            for word, (dx, dy) in domain.directions.items():
-                ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
-                if ahead > margin and max(behind) < -margin:
-                    relations.append(f"{text} {word} the {phrase(anchor)}")
             near, *far = [math.hypot(f.x - at.x, f.y - at.y) for f in (figure, *rivals)]
-            if domain.nearest and near < min(far) - margin:
-                relations.append(f"{text} nearest to the {phrase(anchor)}")
+            for word, (dx, dy) in domain.relations.items():
+                ahead, *behind = [(f.x - at.x) * dx + (f.y - at.y) * dy for f in (figure, *rivals)]
+                nearest = word == "nearest to" and near < min(far) - margin
+                if nearest or ahead > margin and max(behind) < -margin:
+                    relations.append(f"the {phrase} {word} the {anchor}")
     return appearances, places, relations
 
 
 def draw_picture(rng, figures, width, height, domain):
     """The picture of a scene: figures on a plain, noisy ground, antialiased."""
-    fine = 4
     ground = tuple(rng.randint(*domain.ground) for _ in range(3))
-    image = Image.new("RGB", (width * fine, height * fine), ground)
+    image = Image.new("RGB", (width * FINE, height * FINE), ground)
     for figure in figures:
         colour = tuple(min(255, max(0, c + rng.randint(-14, 14)))
                        for c in domain.colours[figure.colour])
         inside = Image.new("1", image.size)
-        ImageDraw.Draw(inside).polygon([(x * fine, y * fine) for x, y in figure.points], fill=1)
+        ImageDraw.Draw(inside).polygon([(x * FINE, y * FINE) for x, y in figure.points], fill=1)
         image.paste(colour, mask=inside)
-        if figure.texture in ("striped", "dotted"):
+        if figure.texture in LIGHTER:
             lighter = tuple(90 + c * 165 // 255 for c in colour)
-            texture = pattern(figure.texture, image.size, 5 * fine)
-            image.paste(lighter, mask=ImageChops.logical_and(inside, texture))
+            image.paste(lighter, mask=ImageChops.logical_and(inside, LIGHTER[figure.texture]))
     image = image.resize((width, height), Image.Resampling.BOX)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, domain.noise, (height, width, 3))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
-
-
-@functools.lru_cache
-def pattern(texture, size, period):
-    """Where a canvas is lighter: vertical stripes or dots, so many pixels apart (mode 1)."""
-    y, x = np.mgrid[:size[1], :size[0]] % period / period
-    return Image.fromarray(x < 0.4 if texture == "striped" else np.hypot(x - 0.5, y - 0.5) < 0.32)
 
 
 def draw_scene(rng, domain, image_id, path, coco, refs):
@@ -665,18 +591,20 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
                            "width": width, "height": height})
     described = []
     for figure in figures:
-        polygon = [round(v, 2) for point in figure.points for v in point]
-        mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([polygon], height, width))
-        annotation = {
+        outline = [round(v, 2) for point in figure.points for v in point]
+        mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([outline], height, width))
+        # COCO's RLE: the lengths of runs along the columns, zeros first.
+        starts = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
+        rle = {"size": [height, width], "counts": np.diff([0, *starts, mask.size]).tolist()}
+        coco["annotations"].append({
             "id": len(coco["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
             "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
-            "segmentation": run_lengths(mask[..., 0]) if rng.random() < 0.25 else [polygon]}
-        coco["annotations"].append(annotation)
+            "segmentation": rle if rng.random() < 0.25 else [outline]})
         choices = expressions(figure, figures, 0.06 * max(width, height), domain)
         if any(choices):
             weights = [share if texts else 0 for share, texts in zip(domain.shares, choices)]
             sentences = {rng.choice(texts) for texts in rng.choices(choices, weights, k=3)}
-            described.append((annotation, sorted(sentences)))
+            described.append((coco["annotations"][-1], sorted(sentences)))
     for annotation, sentences in rng.sample(described, min(2, len(described))):
         refs.append({
             "ref_id": len(refs) + 1, "ann_id": annotation["id"], "image_id": image_id,
@@ -686,19 +614,12 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
                           for i, s in enumerate(sentences)]})
 
 
-def run_lengths(mask):
-    """COCO's uncompressed RLE of a mask: lengths of runs, column by column, zeros first."""
-    pixels = mask.flatten(order="F").tolist()
-    runs = [len(list(run)) for _, run in itertools.groupby(pixels)]
-    return {"size": list(mask.shape), "counts": [0] * pixels[0] + runs}
-
-
 def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
     """Draws a data set of DOMAINS into ROOT/NAME, in the REFER layout, and returns that folder.
 
     `scenes` is {split: number}. Two figures of each scene have up to three expressions each. One
-    mask in four is stored as RLE. The vocabulary `merges.txt` is learned from the training
-    expressions and WORDS. The folder appears only when it is complete.
+    mask in four is an RLE. The vocabulary `merges.txt` is learned from the training expressions
+    and WORDS. The folder appears only when it is complete.
     """
     folder = Path(root, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -715,71 +636,61 @@ def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
         (draft / "instances.json").write_text(json.dumps(coco), encoding="utf-8")
         (draft / f"refs({name}).p").write_bytes(pickle.dumps(refs, protocol=2))
         texts = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
-        merges = "\n".join(" ".join(pair) for pair in learn_merges(texts + WORDS))
-        (draft / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+        (draft / "merges.txt").write_text(learn_merges(texts + WORDS), encoding="utf-8")
         draft.rename(folder)
     return folder
 
 
-def learn_merges(texts, most=510):
-    """Learns byte-pair merges from texts: it merges the most frequent pair again and again."""
+def learn_merges(texts):
+    """Learns a `merges.txt`: the most frequent pair is merged until each word is one symbol."""
     words = Counter(symbols_of(piece) for text in texts for piece in clean(text).split())
-    merges = []
-    for _ in range(most):
+    lines = ["#version: 0.2"]
+    while any(len(word) > 1 for word in words):
         pairs = Counter()
         for word, times in words.items():
             for pair in zip(word, word[1:]):
                 pairs[pair] += times
-        if not pairs:
-            break
-        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
-        words = Counter({merge_pair(word, merges[-1]): times for word, times in words.items()})
-    return merges
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        lines.append(" ".join(best))
+        words = {merge_pair(word, best): times for word, times in words.items()}
+    return "\n".join(lines) + "\n"
 
 
 # ---- Command line ---------------------------------------------------------------------------
 
 def check(root):
     """Prints a Markdown table that compares the data sets in ROOT with their published sizes."""
-    paths = sorted(Path(root).glob("*/refs(*).p"))
-    if not paths:
-        raise DataError(f"{root}: no folder with a refs(*).p in it; {WHERE}")
-    print("| data set | split | refs | published | expressions | published | |")
-    print("|---|---|---:|---:|---:|---:|---|")
-    for path in paths:
-        folder, split_by = path.parent, path.name[5:-3]
-        alone = len(list(folder.glob("refs(*).p"))) == 1 or SPLIT_BY.get(folder.name) == split_by
-        name = folder.name if alone else f"{folder.name}-{split_by}"
-        splits, skipped = read_refs(root, name, skip_broken=True)
+    names = find_data_sets(root)
+    print("| data set | split | refs | expressions | |")
+    print("|---|---|---:|---:|---|")
+    for name in names:
+        splits, broken = read_refs(root, name)
         for split, refs in splits.items():
             counts = len(refs), sum(len(ref.sentences) for ref in refs)
-            published = PUBLISHED_SIZES.get(name, {}).get(split)
-            verdict = "" if not published else "ok" if counts == published else "differs"
-            expected = [f"{number:,}" for number in published or ()] or ["", ""]
-            print(f"| {name} | {split} | {counts[0]:,} | {expected[0]} | {counts[1]:,} | "
-                  f"{expected[1]} | {verdict} |")
-        if skipped:
-            print(f"| {name} | broken entries | {skipped:,} | | | | "
-                  f"training without --skip-broken names the first |")
+            published = PUBLISHED_SIZES.get(name, {}).get(split, ())
+            differs = "published: " + " and ".join(f"{number:,}" for number in published)
+            verdict = "as published" if counts == published else differs if published else ""
+            print(f"| {name} | {split} | {counts[0]:,} | {counts[1]:,} | {verdict} |")
+        if broken:
+            print(f"| {name} | broken entries | {len(broken):,} | | {broken[0]} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="\n" + __doc__.split("\n\n")[1])
     parser.add_argument("command", choices=[*DOMAINS, "check"])
     parser.add_argument("dir", metavar="DIR")
     args = parser.parse_args()
-    if args.command == "check":
-        check(args.dir)
-    elif Path(args.dir, args.command).exists():
-        raise DataError(f"{Path(args.dir, args.command)} exists already; remove it to draw again")
-    else:
-        print(draw_shapes(args.dir, name=args.command))
+    folder = Path(args.dir, args.command)
+    try:
+        if args.command == "check":
+            check(args.dir)
+        elif folder.exists():
+            raise DataError(f"{folder} exists already; remove it to draw again")
+        else:
+            print(draw_shapes(args.dir, name=args.command))
+    except (DataError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

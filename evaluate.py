@@ -20,6 +20,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -43,7 +44,8 @@ BAD_INPUT = (model.WeightsError, model.ConfigError, data.DataError, OSError)
 def probabilities(net, images, tokens, device, dtype):
     """Images, uint8 (B, 3, S, S), and token ids (B, L) to probabilities (B, S, S)."""
     with torch.inference_mode(), autocast(device, dtype):
-        logits = net(data.normalise(images.to(device)), tokens.to(device))
+        images, tokens = (x.to(device, non_blocking=True) for x in (images, tokens))
+        logits = net(data.normalise(images), tokens)
     # 1. Sigmoid, in single precision.
     # 2. Bicubic interpolation from the logits' side s to S with aligned corners: pixel i moves to
     #    i * (S - 1) / (s - 1). In training it is at i * S / s (`loss`), so a mask drifts by up to
@@ -62,19 +64,22 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     net.eval()
     batches = [range(len(dataset))[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[rank::world],
-                                         num_workers=workers, collate_fn=collate)
+                                         num_workers=workers, collate_fn=collate,
+                                         pin_memory=device.type == "cuda")
     rows = []
     progress = tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0)
     for images, tokens, masks, indices in filter(None, progress):
-        maps = probabilities(net, images, tokens, device, dtype)
-        for square, truth, index in zip(maps, masks, indices):
-            truth = truth.to(device)
+        maps, pixels = probabilities(net, images, tokens, device, dtype), []
+        for square, truth in zip(maps, masks):
+            truth = truth.to(device, non_blocking=True)
             # 3. Bicubic interpolation from the square to the photo, as cv2.warpAffine does.
             # 4. The mask is where the probability is above the threshold.
             predicted = data.unletterbox(square, *truth.shape[::-1]) > THRESHOLD
             # 5. Intersection and union at the photo's own size. The authors add 1e-6 to the union
             #    and read the annotation from a PNG that was drawn from the same polygons.
-            rows.append((index, int((predicted & truth).sum()), int((predicted | truth).sum())))
+            pixels += [(predicted & truth).sum(), (predicted | truth).sum()]
+        pixels = torch.stack(pixels).tolist()           # waits for a GPU, once a batch
+        rows += zip(indices, pixels[::2], pixels[1::2])
     rows = sorted(sum(from_all(rows, world), []))
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
@@ -147,7 +152,7 @@ def evaluate_all(args, rank, world, device, dtype):
         about = [path, run.get("preset", "released " * released + net.config.method),
                  f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
-        for split in args.split or data.held_out_splits(args.data, name, args.skip_broken):
+        for split in args.split or data.held_out_splits(args.data, name):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
                                          args.length or usual, args.skip_broken)
@@ -334,19 +339,17 @@ def processes():
     The local rank chooses the GPU, so several machines work. If one process fails, all end, and
     only the first to fail prints its error.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield 0, 1, device
+        yield 0, 1, local_device()
         return
     store, rank, world = next(dist.rendezvous("env://"))
     # A restart by torchrun must not read the addresses that the last attempt left in the store.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world)
     try:
+        device = local_device()
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                device_id=device_id)
         yield rank, world, device
         dist.barrier()                  # all wait until rank 0 has saved its files
     except BaseException as error:
@@ -356,6 +359,20 @@ def processes():
         os._exit(status)                # sys.exit would wait for the other processes
     gc.collect()                        # ends the threads of DistributedDataParallel
     dist.destroy_process_group()
+
+
+def local_device():
+    """This process's GPU, or the CPU. ConfigError if the machine has fewer GPUs than processes."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False         # single precision is single precision
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:
+        raise model.ConfigError(f"more processes than GPUs, of which there are {gpus}; choose a "
+                                f"smaller --nproc_per_node")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
 
 
 def from_all(thing, world):
@@ -404,8 +421,9 @@ def report_error(error, aloud=True):
     if isinstance(error, BAD_INPUT):
         # The error of a loader's worker contains a traceback, and the error as its last line.
         text = text.strip().splitlines()[-1].removeprefix("data.DataError: ")
-    elif (isinstance(error, dist.DistError) or "gloo" in text
-          or text.startswith("DataLoader worker")):
+    elif isinstance(error, dist.DistBackendError):
+        text = f"lost another process, or the way to it: {text.strip().splitlines()[-1]}"
+    elif isinstance(error, dist.DistError) or re.search("gloo|^DataLoader worker", text):
         text = "lost another process, which ended silently (out of memory? try fewer --workers)"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         text = "out of memory; try a smaller --batch-size or, in training, --micro-batch"

@@ -88,8 +88,13 @@ class Neck(nn.Module):
         rows, columns = (torch.linspace(-1, 1, side, dtype=torch.float64, device=fused.device)
                          for side in fused.shape[-2:])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
-        place = torch.stack([x, y]).to(fused).expand(len(fused), -1, -1, -1)    # F_coord
-        out = self.coordinates(torch.cat([fused, place], dim=1))
+        place = torch.stack([x, y]).to(fused)[None]                         # F_coord, (1, 2, h, w)
+        (convolution, *norm_relu), second = self.coordinates
+        # 514 channels do not suit matrix units, so the last two are convolved apart.
+        weights = convolution.weight.split([fused.shape[1], 2], dim=1)
+        out = sum(F.conv2d(x, w, padding=1) for x, w in zip((fused, place), weights))
+        for layer in (*norm_relu, second):
+            out = layer(out)
         return out + fused if self.residual else out
 
 

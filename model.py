@@ -25,7 +25,7 @@ import backbones
 from adapters import (SCALE, BottleneckAdapter, Bridge, CompacterAdapter, DenseCrossAdapter,
                       DenseTextAdapter, GlobalShortcutTuning, Intertwiner, LoRA, NormalizingFlow,
                       global_prior)
-from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, freeze, sha256
+from backbones import PUBLISHED, TEXT, VISION, Attached, WeightsError, after_end, sha256
 from head import Head
 
 PRETRAINED = Path("pretrained")
@@ -119,7 +119,7 @@ class DCRIS(nn.Module):
         attached = {int(i): Attached(mlp_shortcut=adapter)
                     for i, adapter in self.text_adapters.items()}
         for i, block in enumerate(self.text.blocks):
-            x = block(x, attached.get(i, backbones.NOTHING))
+            x = block(x, attached.get(i, Attached()))
         return self.text.final(x, tokens)
 
     def image_branch(self, images, words):
@@ -131,7 +131,7 @@ class DCRIS(nn.Module):
 
 
 def make_head(config, vision, text, residual):
-    """The head. Its last map is in CLIP's space if the vision tower has one (`ViT.project`)."""
+    """The head. Its last map is in CLIP's space if the vision tower has one."""
     widths = [vision.shape.width, vision.shape.width, vision.projected_width]
     return Head(widths, text.shape.width, text.shape.embed, config.head_width, config.head_heads,
                 config.head_layers, config.dropout, residual)
@@ -145,10 +145,10 @@ def feature_maps(vision, images, wanted, attached):
     grid = vision.grid(images)
     x, rotary, maps = vision.embed(images), vision.rotary_tables(grid), []
     for i, block in enumerate(vision.blocks):
-        x = block(x, attached.get(i, backbones.NOTHING), rotary)
+        x = block(x, attached.get(i, Attached()), rotary)
         if i in wanted:
             maps.append(vision.as_map(x, grid))
-    return [*maps, vision.as_map(vision.project(vision.final(x)), grid)]
+    return [*maps, vision.as_map(vision.projection(vision.norm(x)), grid)]
 
 
 class BarLeRIa(nn.Module):
@@ -179,13 +179,13 @@ class BarLeRIa(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, padding = self.vision.grid(images), after_end(tokens)
         after_block, words, sentence = self.local_branch(images, tokens, grid)
-        projected = self.vision.project(self.vision.final(after_block[-1]))     # F_v, (B, N, E)
+        projected = self.vision.projection(self.vision.norm(after_block[-1]))   # F_v, (B, N, E)
         features = [self.vision.as_map(x, grid)
                     for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
         if self.global_branch is not None:
             prefix = self.vision.prefix
-            prior = global_prior(self.text.project(words), projected[:, prefix:], padding)
+            prior = global_prior(words @ self.text.projection, projected[:, prefix:], padding)
             depth, parts = len(after_block), self.config.global_blocks
             stages = [after_block[depth * (i + 1) // parts - 1][:, prefix:]     # 2, 5, 8, 11 of 12
                       for i in range(parts)]
@@ -269,7 +269,7 @@ class ETRIS(nn.Module):
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
             *(after_block[i] for i in self.config.features),
-            self.vision.project(self.vision.final(x)))]
+            self.vision.projection(self.vision.norm(x)))]
         return self.head(features, words, sentence, after_end(tokens))
 
 
@@ -471,8 +471,8 @@ def build(preset, vision_weights=None, text_weights=None, init=None, **overrides
         if init is not None:
             held = {name: tensor for name, tensor in init[1]["tensors"].items()
                     if name.startswith(f"{kind}.")}
-            backbones.load_tensors(tower, held, init[0], [("^", f"{kind}.")])
-        towers[kind] = freeze(tower)
+            backbones.load_tensors(tower.state_dict(), held, init[0], [("^", f"{kind}.")])
+        towers[kind] = tower.requires_grad_(False)
     model = wire(config, **towers)
     model.sources = sources
     return model
@@ -488,8 +488,8 @@ def wire(config, vision, text):
     method, _ = METHODS[config.method]
     model = method(config, vision, text)
     if config.towers_learn:
-        backbones.unfreeze(vision)
-        backbones.unfreeze(text)
+        vision.requires_grad_(True)
+        text.requires_grad_(True)
     if config.train_positions:
         if vision.shape.family == "clip":
             vision.resize(config.image_size)
@@ -575,11 +575,9 @@ def read_checkpoint(path):
     WeightsError for any other content.
     """
     try:
-        if Path(path).suffix == ".safetensors":
-            tensors, metadata = backbones.read_safetensors(path)
-            content = {**json.loads(metadata["ris"]), "tensors": tensors}
-        else:
-            content = backbones.read_file(path)
+        content, metadata = backbones.read_file(path)
+        if metadata is not None:
+            content = {**json.loads(metadata["ris"]), "tensors": content}
         if "state_dict" in content:
             return {"run": {}, "vocabulary": {}, "released": {
                 name.removeprefix("module."): tensor
@@ -608,7 +606,7 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
             raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
                                f"{source['sha256'][:16]}..., but {kind}_weights has "
                                f"{model.sources[kind]['sha256'][:16]}...")
-    backbones.load_tensors(model, checkpoint["tensors"], path, expected=tuned_tensors(model))
+    backbones.load_tensors(tuned_tensors(model), checkpoint["tensors"], path)
     return model.eval()
 
 
@@ -710,7 +708,6 @@ def load_released(path, state):
     authors' configurations give: 8 heads, 17 tokens, the blocks whose maps the head takes, and
     448 pixels for DETRIS. (ETRIS's grid of positions is that of the photo.) Raises WeightsError.
     """
-    backbones.check_plain(path, state)
     detris = any(name.startswith("dinov2.") for name in state)
     prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
     vision, text = (
@@ -740,7 +737,7 @@ def load_released(path, state):
         if name.startswith("neck.") and ".in_proj_" in name:    # only values matter: `head.Gate`
             name, tensor = name.replace("in_proj_", "value."), tensor.chunk(3)[-1]
         in_our_shapes[name] = tensor
-    backbones.load_tensors(model, in_our_shapes, path, RELEASED_NAMES, own)
+    backbones.load_tensors(own, in_our_shapes, path, RELEASED_NAMES)
     return model.eval()
 
 
@@ -752,8 +749,8 @@ def released_config(state, vision, text):
         return {int(match[1]): len(tensor) for match, tensor in found if match}
 
     # The grid of ETRIS's positions is that of the photo.
-    names = {replace(shape, grid=0): name for name, shape in VISION.items()}
-    common = {"vision": names[replace(vision, grid=0)],
+    names = {shape._replace(grid=0): name for name, shape in VISION.items()}
+    common = {"vision": names[vision._replace(grid=0)],
               "text": {shape: name for name, shape in TEXT.items()}[text],
               "head_width": rows(r"neck\.aggr\.(0)\.weight")[0],
               "head_layers": len(rows(r"decoder\.layers\.(\d+)\.ffn\.0\.weight"))}

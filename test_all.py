@@ -27,7 +27,6 @@ import textwrap
 import threading
 import time
 import unittest
-import urllib.request
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -375,7 +374,8 @@ def tiny_barleria(depth=2, text_depth=2, **overrides):
                      train_towers=False, **overrides)
     vision = backbones.ViT(backbones.VisionShape(4, 16, depth, 2, grid=3, embed=8, family="clip"))
     text = backbones.TextTransformer(backbones.TextShape(12, text_depth, 3, 8, 40, 9))
-    return shake(model.BarLeRIa(config, backbones.freeze(vision), backbones.freeze(text)))
+    return shake(model.BarLeRIa(config, vision.requires_grad_(False),
+                                text.requires_grad_(False)))
 
 
 class BarleriaEquations(Exact):
@@ -478,14 +478,14 @@ class BarleriaEquations(Exact):
     def test_without_visitors_and_flows_the_towers_are_themselves(self):
         net = tiny_barleria(visual_flows=False, text_flows=False, intertwined=False)
         stages, *found = net.local_branch(self.images, self.tokens, (6, 6))
-        for a, b in zip((net.vision.final(stages[-1]), *found),
+        for a, b in zip((net.vision.norm(stages[-1]), *found),
                         (net.vision(self.images), *net.text(self.tokens))):
             self.assertTrue(torch.equal(a, b))
 
     def test_gradient_stops_at_the_prior_and_the_stages(self):
         net = tiny_barleria()
         stages, words, _ = net.local_branch(self.images, self.tokens, (6, 6))
-        projected = net.vision.project(net.vision.final(stages[-1]))
+        projected = net.vision.projection(net.vision.norm(stages[-1]))
         self.assertTrue(words.requires_grad and projected.requires_grad)
         prior = adapters.global_prior(words @ net.text.projection, projected[:, 1:],
                                       backbones.after_end(self.tokens))
@@ -614,10 +614,10 @@ class Counts(unittest.TestCase):
     def test_parts(self):
         with torch.device("meta"):
             for count, module in (
-                    (86_583_552, backbones.ViT(backbones.VISION["dinov2-b"])),
+                    (86_582_784, backbones.ViT(backbones.VISION["dinov2-b"])),
                     (86_192_640, backbones.ViT(backbones.VISION["clip-b"])),
                     (86_263_040, backbones.ViT(backbones.VISION["eva-b"])),
-                    (63_428_097, backbones.TextTransformer(backbones.TEXT["clip-b"])),
+                    (63_428_096, backbones.TextTransformer(backbones.TEXT["clip-b"])),
                     (382_896, adapters.DenseCrossAdapter(768, 128, 512, 0.1)),
                     (66_112, adapters.BottleneckAdapter(512, 64, 0.2)),
                     (69_720, adapters.DenseTextAdapter(512, 64)),
@@ -628,7 +628,7 @@ class Counts(unittest.TestCase):
                                     ("barleria-eva", 77 * 512)):
                 self.assertEqual(model.count(model.build(name))["positions"], positions, name)
         for name, tuned in (
-                ("dcris-b", 6 * (382_896 + 66_112)), ("fixed", 0), ("full", 149_972_225 - 769),
+                ("dcris-b", 6 * (382_896 + 66_112)), ("fixed", 0), ("full", 149_971_456),
                 ("houlsby", 1_982_976), ("lora", 1_572_864), ("etris", 1_387_648),
                 ("etris-dino", 1_387_648), ("snf", 184_416), ("snf-etris", 1_387_648 + 184_416),
                 ("barleria-local", 390_656), ("barleria", 2_206_096)):
@@ -750,13 +750,13 @@ class Towers(unittest.TestCase):
                 self.assertEqual(towers[1].shape, text_shape)
                 words, sentence = towers[1](tokens)
                 self.assertEqual((words.shape, sentence.shape), ((1, 3, 128), (1, 64)))
-            sums = sorted(t.double().sum().item() for t in itertools.chain(
-                *(tower.state_dict().values() for tower in towers)))
-            self.assertEqual([round(s, 6) for s in sums], [round(s, 6) for s in sorted(
-                t.double().sum().item() for name, t in state.items() if "freqs" not in name)])
+            found = sum((t.double() ** 3).sum() for tower in towers
+                        for t in tower.state_dict().values())
+            self.assertAlmostEqual(found.item(), sum(
+                (t.double() ** 3).sum() for name, t in state.items()
+                if not re.search("freqs|mask_token|logit_scale", name)).item())
             for tower in towers:
                 self.assertFalse(any(p.requires_grad for p in tower.parameters()))
-                self.assertFalse(tower.train().training)
 
     def by_hand(self, state, eps):
         """A tower in double precision, its tensors by the file's names, norm and linear layer."""
@@ -810,7 +810,7 @@ class Towers(unittest.TestCase):
         x = x + linear(up / (1 + torch.exp(-1.702 * up)), block + "mlp.c_proj")
         x = norm(x, "visual.ln_post")
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-10)
-        self.assertLess(float((tower.project(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
+        self.assertLess(float((tower.projection(x) - x @ s["visual.proj"]).abs().max()), 1e-10)
 
     def test_eva_vision_by_hand(self):
         """One block; the rotary tables are the module's, in single precision."""
@@ -836,7 +836,7 @@ class Towers(unittest.TestCase):
         y = gate / (1 + torch.exp(-gate)) * linear(y, block + "mlp.w2")
         x = norm(x + linear(norm(y, block + "mlp.ffn_ln"), block + "mlp.w3"), "visual.norm")
         self.assertLess(float((tower(image)[0] - x).abs().max()), 1e-5)
-        self.assertLess(float((tower.project(x) - linear(x, "visual.head")).abs().max()), 1e-10)
+        self.assertLess(float((tower.projection(x) - linear(x, "visual.head")).abs().max()), 1e-10)
 
     def test_rotary_positions_rotate_the_patches_alone(self):
         torch.manual_seed(0)
@@ -922,13 +922,10 @@ class Towers(unittest.TestCase):
                 (vision, dinov2, {"norm.weight": zeros(7)},
                  r"1 tensor\(s\) misshapen.*norm\.weight, \(7,\) in the file, \(128,\) expected"),
                 (vision, dinov2, {"pos_embed": zeros(1, 25, 128)}, "misshapen.*pos_embed"),
-                (vision, dinov2, {"cls_token": zeros(1, 1, 128).bool()}, "_token is not a plain"),
-                (vision, dinov2, {"cls_token": 5}, "cls_token is not a plain"),
                 (vision, dinov2, {"cls_token": zeros(1, 1, 128).double() + 1e300},
-                 "cls_token holds numbers that are not finite in torch.float32"),
+                 "cls_token holds numbers not finite in torch.float32"),
                 (vision, dinov2, {"register_tokens": None}, "no vision tower"),
-                (vision, dinov2, {"patch_embed.proj.weight": None}, "proj.weight is missing"),
-                (vision, dinov2, {"patch_embed.proj.weight": zeros(128, 588)}, "or misshapen"),
+                (vision, dinov2, {"patch_embed.proj.weight": None}, "missing.*proj.weight"),
                 (vision, eva, {"visual.blocks.1.attn.q_bias": None},
                  r"missing, the first: visual\.blocks\.1\.attn\.q_bias"),
                 (vision, eva, {"visual.blocks.0.attn.k_bias": zeros(192)},
@@ -961,8 +958,7 @@ class Towers(unittest.TestCase):
         for content, message in (
                 (whole[:5000], "not a readable"), (flipped, "not a readable"),
                 (path.read_bytes(), "not a readable"), (b"", "not a readable"),
-                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable"),
-                (pickle.dumps([1, 2], protocol=2), "not a ")):
+                (pickle.dumps({"cls_token": Harm(path.with_name("harmed"))}), "not a readable")):
             path.write_bytes(content)
             with self.assertRaisesRegex(backbones.WeightsError, f"weights.pth: {message}"):
                 backbones.load_vision(path)
@@ -1027,7 +1023,7 @@ class HuggingFace(unittest.TestCase):
                     torch.save(changed(theirs, {name: value}), place / "pytorch_model.bin")
                     with self.assertRaisesRegex(backbones.WeightsError, f"{message}.*{name}"):
                         reads["text_model" in name](place)
-        with self.assertRaisesRegex(FileNotFoundError, "a folder without model.safetensors"):
+        with self.assertRaises(IsADirectoryError):
             vision(folder(self))
 
     def test_safetensors(self):
@@ -1039,7 +1035,7 @@ class HuggingFace(unittest.TestCase):
             with self.assertRaisesRegex(backbones.WeightsError, "pip install safetensors"):
                 backbones.load_vision(place)
             return
-        with self.assertRaisesRegex(backbones.WeightsError, "not a readable .safetensors"):
+        with self.assertRaisesRegex(backbones.WeightsError, "model.safetensors: not a readable"):
             backbones.load_vision(place)
         state = dinov2_state()
         safetensors.torch.save_file(hugging_face(state), place / "model.safetensors")
@@ -1050,32 +1046,22 @@ class HuggingFace(unittest.TestCase):
 class Download(unittest.TestCase):
     def test_whole_or_not_at_all(self):
         place = folder(self)
-        content = bytes(range(256)) * 900
-        (place / "there.bin").write_bytes(content)
+        (place / "there.bin").write_bytes(bytes(range(256)) * 900)
         address, digest = (place / "there.bin").as_uri(), backbones.sha256(place / "there.bin")
-
-        class Cut(io.BytesIO):
-            def info(self):
-                return dict.fromkeys(("content-length", "Content-Length"), str(len(content) + 1))
-
-        def cut(*_):
-            return Cut(content)
-
-        for at, expected, opens, error, message in (
-                ((place / "no").as_uri(), digest, urllib.request.urlopen, OSError, "/no.*/no'"),
-                (address, digest, cut, OSError, "retrieval incomplete"),
-                (address, "0" * 64, urllib.request.urlopen, backbones.WeightsError,
-                 "file.bin.part: not the published file.*fetch it again"),
-                (address, None, urllib.request.urlopen, None, ""),
-                (address, digest, cut, None, "")):      # is there: nothing to do
+        for at, expected, message in (
+                ((place / "no").as_uri(), digest, "file:.*/no, fetched to .*file.bin: .*No such"),
+                (address, "0" * 64, "there.bin, fetched to .*file.bin: invalid hash value"),
+                (address, digest, None),
+                ((place / "no").as_uri(), digest, None)):       # is there: nothing to do
             published = backbones.Published("file.bin", at, expected)
-            refused = self.assertRaisesRegex(error, message) if error else contextlib.nullcontext()
+            refused = (self.assertRaisesRegex(backbones.WeightsError, message) if message else
+                       contextlib.nullcontext())
             with mock.patch.dict(backbones.PUBLISHED, thing=published), refused, \
-                    mock.patch("urllib.request.urlopen", opens), \
                     contextlib.redirect_stderr(io.StringIO()):
                 path = Path(backbones.download("thing", place / "pretrained"))
-            self.assertEqual((place / "pretrained" / "file.bin").exists(), error is None)
-        self.assertEqual(path.read_bytes(), content)
+            self.assertEqual([found.name for found in (place / "pretrained").iterdir()],
+                             [] if message else ["file.bin"])
+        self.assertEqual(path.read_bytes(), (place / "there.bin").read_bytes())
 
 
 class Harm:
@@ -1113,15 +1099,12 @@ class Methods(unittest.TestCase):
                 frozen = name.startswith(("vision.", "text.")) and not (
                     positions and name in ("vision.position", "text.position"))
                 self.assertEqual(torch.equal(tensor, before[name]), frozen, name)
-            self.assertFalse(net.vision.training or net.text.training)
 
     def test_towers_can_learn_too(self):
-        for name, idle in (("shapes", {"vision.mask_token", "text.logit_scale"}),
-                           ("shapes-barleria", {"text.logit_scale"})):
+        for name in ("shapes", "shapes-barleria"):
             net = model.build(name)
             net(*self.batch(net)).sum().backward()
-            without = {name for name, p in net.named_parameters() if p.grad is None}
-            self.assertEqual(without, idle)
+            self.assertFalse([name for name, p in net.named_parameters() if p.grad is None])
 
     def test_dcris_reads_the_words_and_without_adapters_is_its_towers(self):
         net = model.build("shapes", visual_adapter_layers=(), text_adapter_layers=()).eval()
@@ -1266,7 +1249,6 @@ class Checkpoints(unittest.TestCase):
                 (lambda c: c["tensors"].pop(first), f"missing, the first: {first}"),
                 (lambda c: c["tensors"].update(x=torch.zeros(1)), "unexpected.*: x"),
                 (lambda c: c["tensors"].update({first: torch.zeros(1)}), "misshapen"),
-                (lambda c: c["tensors"].update({first: "x"}), "not a plain tensor"),
                 (lambda c: c["tensors"].update({first: c["tensors"][first] * math.nan}), "finite"),
                 (lambda c: c["config"].update(colour=1), "colour"),
                 (lambda c: c["config"].update(image_size=81), "image_size 81"),
@@ -1352,7 +1334,7 @@ def released_shapes(net):
                 shape = shape[-1:] if rest == "class_token" else shape[1:]
             if rest == "projection.weight":
                 shape.reverse()
-            shapes[prefixes[0] + backbones.renamed(rest, vision_names)] = shape
+            shapes[prefixes[0] + backbones.renamed(rest, vision_names).removesuffix(".T")] = shape
             continue
         if kind == "text":
             shapes[prefixes[1] + backbones.renamed(rest, backbones.CLIP_TEXT_NAMES)] = shape
@@ -1388,30 +1370,23 @@ def recorded_weight(name, shape):
 class Released(unittest.TestCase):
     """Checkpoints of the authors' programs, DETRIS and ETRIS."""
 
-    @staticmethod
-    def recorded(name):
-        with torch.device("meta"):
-            net = model.build(name, **{"etris": {"bridge_width": 64}}.get(name, {}))
-        state = {key: recorded_weight(key, shape) for key, shape in released_shapes(net).items()}
-        net = model.load_released("recorded", state)
-        size, length = net.config.image_size, net.config.length
-        generator = torch.Generator().manual_seed(7)
-        images = torch.randn(2, 3, size, size, generator=generator)
-        tokens = torch.zeros(2, length, dtype=torch.int64)
-        for row, count in zip(tokens, (3, 7)):
-            row[:count + 2] = torch.tensor([49406, *torch.randint(
-                1, 49000, (count,), generator=generator), 49407])
-        return net, images, tokens
-
     def test_logits_are_those_of_the_authors_programs(self):
         for name, (spread, logits) in RECORDED.items():
-            net, images, tokens = self.recorded(name)
+            with torch.device("meta"):
+                net = model.build(name, **{"etris": {"bridge_width": 64}}.get(name, {}))
+            net = model.load_released("recorded", {
+                key: recorded_weight(key, shape) for key, shape in released_shapes(net).items()})
+            size, generator = net.config.image_size, torch.Generator().manual_seed(7)
+            images = torch.randn(2, 3, size, size, generator=generator)
+            tokens = torch.zeros(2, net.config.length, dtype=torch.int64)
+            for row, count in zip(tokens, (3, 7)):
+                words = torch.randint(1, 49000, (count,), generator=generator)
+                row[:count + 2] = torch.tensor([49406, *words, 49407])
             with torch.inference_mode():
                 found = net(images, tokens)[:, 0]
             side = found.shape[-1]
             found = found[:, [0, side // 3, side - 1]][..., [1, side // 2, side - 2]].flatten()
-            worst = (found - torch.tensor(logits)).abs().max()
-            self.assertLess(worst, 1e-4 * spread, name)
+            self.assertLess((found - torch.tensor(logits)).abs().max(), 1e-4 * spread, name)
             if name == "detris-b":
                 self.one_step(net, images, tokens)
 
@@ -1433,80 +1408,52 @@ class Released(unittest.TestCase):
 
     def test_training_starts_as_in_the_authors_program(self):
         torch.manual_seed(0)
-        net = model.build("detris-b")
-        for name, parameter in net.named_parameters():
+        for name, parameter in model.build("detris-b").named_parameters():
             if not parameter.requires_grad or parameter.numel() < 200:
                 continue
             theirs = backbones.renamed(name, model.RELEASED_NAMES).replace(".value.", ".in_proj_")
-            spread = next((v for k, v in RECORDED_STARTS.items() if re.match(k, theirs)
-                           or k.startswith(("res", "dino")) and re.search(k, theirs)), None)
-            if re.search(r"(norm|bn)\w*\.|ln_|\.1\.(weight|bias)$|ffn\.3|norm\d", theirs):
+            spread = next((v for k, v in RECORDED_STARTS.items() if re.search(k, theirs)), None)
+            if re.search(r"(norm|bn)\w*\.|ln_|\.1\.(weight|bias)$|ffn\.3|norm\d", theirs) or (
+                    re.search("bias$", theirs)
+                    and not re.search("resblocks.*fc2|neck.txt|ffn|^proj", theirs)):
                 spread = 0
-            if theirs.endswith("bias") and not re.match(
-                    r".*(resblocks.*fc2|neck.txt|ffn|^proj)", theirs):
-                spread = 0
-            if spread == 0:
-                self.assertEqual(float(parameter.detach().std()), 0, name)
-            else:
-                self.assertAlmostEqual(float(parameter.detach().std()) / spread, 1, delta=0.15,
-                                       msg=theirs)
+            self.assertAlmostEqual(float(parameter.detach().std()), spread, delta=0.15 * spread,
+                                   msg=theirs)
 
-    def small(self, kind):
-        """A small model, and a file of the authors' form that holds one like it."""
-        shapes = {"v": backbones.VisionShape(14, 128, 6, 2, grid=5, registers=4),
-                  "c": backbones.VisionShape(16, 128, 6, 2, grid=3, embed=64, family="clip")}
-        text = backbones.TextShape(64, 6, 1, 64, 300, 77)
-        for patch in (mock.patch.dict(backbones.VISION, shapes),
-                      mock.patch.dict(backbones.TEXT, t=text)):
-            patch.start()
-            self.addCleanup(patch.stop)
-        common = {"text": "t", "head_width": 64, "head_layers": 2}
-        if kind == "detris":
-            net = model.build(
-                "detris-b", vision="v", visual_adapter_layers=[1, 3], visual_adapter_rank=32,
-                text_adapter_layers=[1, 2, 5], text_adapter_rank=16, features=(2, 4), **common)
-        else:
-            net = model.build("etris", vision="c", bridge_width=16, features=(1, 3), **common)
-        state = {name: recorded_weight(name, shape) for name, shape in released_shapes(net).items()}
-        if kind == "detris":
-            state["txt_backbone.visual.proj"] = torch.zeros(3, 3)
-        return net, {f"module.{name}": tensor for name, tensor in state.items()}
-
+    @mock.patch.dict(backbones.TEXT, t=backbones.TextShape(64, 6, 1, 64, 300, 77))
+    @mock.patch.dict(backbones.VISION, v=backbones.VisionShape(14, 128, 6, 2, 5, 4),
+                     c=backbones.VisionShape(16, 128, 6, 2, 3, 0, 64, "clip"))
     def test_files_are_read_as_they_are_and_refused_by_name(self):
+        """Small models in files of the authors' form."""
         place = folder(self)
-        for kind, some in (
-                ("detris", ["dinov2.blocks.3.adapter.dense_branch2.1.bn.running_var",
-                            "dinov2.blocks.1.adapter.dense_branch1.conv.weight",
-                            "dinov2.blocks.1.adapter.cross.multihead_attn.in_proj_weight",
-                            "txt_backbone.transformer.resblocks.5.adapter.D_fc2.bias",
-                            "decoder.layers.1.ffn.4.weight", "proj.vis.3.1.weight"]),
-                ("etris", ["bridger.zoom_out.2.0.weight", "bridger.ln_t.1.weight",
-                           "bridger.fusion_t.0.multihead_attn.out_proj.weight",
-                           "backbone.visual.positional_embedding", "neck.f5_proj.1.running_mean",
-                           "neck.coordconv.0.conv1.0.weight", "neck.aggr.1.bias"])):
-            net, state = self.small(kind)
+        for preset, fields, unused, some in (
+                ("detris-b", {"vision": "v", "features": (2, 4), "visual_adapter_rank": 32,
+                              "visual_adapter_layers": (1, 3), "text_adapter_rank": 16,
+                              "text_adapter_layers": (1, 2, 5)}, ["txt_backbone.visual.proj"],
+                 ["dinov2.blocks.3.adapter.dense_branch2.1.bn.running_var",
+                  "txt_backbone.transformer.resblocks.5.adapter.D_fc2.bias",
+                  "proj.vis.3.1.weight"]),
+                ("etris", {"vision": "c", "features": (1, 3), "bridge_width": 16}, [],
+                 ["bridger.zoom_out.2.0.weight", "backbone.visual.positional_embedding",
+                  "neck.f5_proj.1.running_mean"])):
+            net = model.build(preset, text="t", head_width=64, head_layers=2, **fields)
+            shapes = {**released_shapes(net), **dict.fromkeys(unused, (3, 3))}
+            state = {f"module.{name}": recorded_weight(name, shape)
+                     for name, shape in shapes.items()}
             torch.save({"epoch": 40, "best_iou": np.float64(0.7), "state_dict": state},
                        place / "a.pth")
             again = model.load(place / "a.pth")
-            recipe = {"epochs", "milestones"}       # which the files do not hold
-            ours, theirs = ({k: v for k, v in asdict(n.config).items() if k not in recipe}
-                            for n in (net, again))
-            self.assertEqual(ours, theirs)
-            third = again.head.neck.maps[2][0].weight.detach()
-            self.assertTrue(torch.equal(
-                third, state["module.neck.f5_proj.0.weight"].transpose(0, 1)))
+            recipe = {key: getattr(net.config, key) for key in ("epochs", "milestones")}
+            self.assertEqual(replace(again.config, **recipe), net.config)
+            self.assertTrue(torch.equal(again.head.neck.maps[2][0].weight,
+                                        state["module.neck.f5_proj.0.weight"].transpose(0, 1)))
             for name in some:
-                name = f"module.{name}"
-                for change, message in (
-                        (lambda s: s.pop(name), "missing"),
-                        (lambda s: s.update({name + "x": s.pop(name)}), "missing"),
-                        (lambda s: s.update({name: torch.zeros(3, 2)}), "misshapen")):
-                    broken = dict(state)
-                    change(broken)
-                    torch.save({"state_dict": broken}, place / "b.pth")
-                    short = name.split("backbone.")[-1].removeprefix("module.")
+                key, short = f"module.{name}", name.split("backbone.")[-1]
+                for change, message in (({}, "missing"), ({key: torch.zeros(3, 2)}, "misshapen")):
+                    kept = {k: v for k, v in state.items() if k != key}
+                    torch.save({"state_dict": kept | change}, place / "b.pth")
                     with self.subTest(name), self.assertRaisesRegex(
-                            backbones.WeightsError, re.escape(short)):
+                            backbones.WeightsError, f"(?=.*{message}).*{re.escape(short)}"):
                         model.load(place / "b.pth")
 
 
@@ -1552,23 +1499,20 @@ class ClipTokenizer(unittest.TestCase):
                 self.assertEqual(self.tokenizer.encode(text), ids)
 
     def test_frame(self):
-        tokens = self.tokenizer(["the left cat", "cat " * 40], 8)
-        self.assertEqual(tokens.dtype, torch.int64)
-        self.assertEqual(tokens.tolist(), [[49406, 518, 1823, 2368, 49407, 0, 0, 0],
-                                           [49406, 2368, 2368, 2368, 2368, 2368, 2368, 49407]])
-        self.assertEqual(self.tokenizer.size, 49408)
-
-    def test_merges_txt_is_the_same(self):
         path = folder(self) / "merges.txt"
         path.write_text("\n".join(self.tokenizer.text.split("\n")[:data.MERGES + 1]))
-        texts = "a café, 2 dogs".split()
-        self.assertEqual(data.Tokenizer(path)(texts, 6).tolist(), self.tokenizer(texts, 6).tolist())
+        for tokenizer in (self.tokenizer, data.Tokenizer(path)):
+            tokens = tokenizer(["the left cat", "cat " * 40], 8)
+            self.assertEqual(tokens.dtype, torch.int64)
+            self.assertEqual(tokens.tolist(), [[49406, 518, 1823, 2368, 49407, 0, 0, 0],
+                                               [49406, 2368, 2368, 2368, 2368, 2368, 2368, 49407]])
+            self.assertEqual(tokenizer.size, 49408)
 
 
 class OwnTokenizer(unittest.TestCase):
     def test_learned_merges(self):
         merges = data.learn_merges(["low low low lower newest newest"])
-        tokenizer = data.Tokenizer("\n".join(["#version: 0.2", *map(" ".join, merges)]).encode())
+        tokenizer = data.Tokenizer(merges.encode())
         self.assertEqual(len(tokenizer.encode("low newest lower")), 3)
         self.assertEqual(len(tokenizer.encode("low  NEWEST\tlower")), 3)
         self.assertGreater(len(tokenizer.encode("unseen ²")), 2)
@@ -1576,9 +1520,8 @@ class OwnTokenizer(unittest.TestCase):
 
     def test_broken_vocabularies(self):
         path = folder(self) / "v"
-        packed = gzip.compress(b"#version\n" * 999)
-        for content in (b"", b"no header\na b\n", b"#version\none\n", b"#version\na b c\n", b"\xff",
-                        b"\x1f\x8bnot gzip", packed[:-20], packed[:20] + b"\xff" + packed[21:]):
+        cut = gzip.compress(b"#version\n" * 999)[:-20]
+        for content in (b"", b"no header\na b\n", b"#version\none\n", b"\xff", cut):
             path.write_bytes(content)
             for source in (path, content):
                 with self.assertRaisesRegex(data.DataError, "not a BPE vocabulary"):
@@ -1604,11 +1547,10 @@ OPENCV = [
 
 class Letterbox(unittest.TestCase):
     def test_a_mask_survives_the_way_there_and_back(self):
-        for width, height in ((640, 480), (480, 640), (1000, 200), (150, 900), (448, 448), (40, 30),
-                              (33, 57), (2000, 1333)):
+        for width, height in ((640, 480), (1000, 200), (150, 900), (33, 57), (2000, 1333)):
             y, x = np.mgrid[:height, :width]
-            mask = ((x / width - 0.55) ** 2 + (y / height - 0.45) ** 2 < 0.09) | (
-                (x < width * 0.2) & (y > height * 0.7))
+            x, y = x / width, y / height
+            mask = (np.hypot(x - 0.55, y - 0.45) < 0.3) | ((x < 0.2) & (y > 0.7))
             square = data.letterbox_mask(torch.from_numpy(mask * np.uint8(255)), 448)
             self.assertEqual((square.shape, square.dtype), ((1, 448, 448), torch.uint8))
             back = data.unletterbox(square[0] / 255, width, height).numpy() > 0.5
@@ -1616,15 +1558,13 @@ class Letterbox(unittest.TestCase):
 
     def test_borders(self):
         square = data.letterbox(Image.new("RGB", (100, 50), "white"), 80)
-        colour = torch.tensor(data.MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
-        self.assertTrue((square[:, :19] == colour).all() and (square[:, 61:] == colour).all())
         self.assertTrue((square[:, 22:58, 2:-2] == 255).all())
-        self.assertLess(float(data.normalise(square[None])[:, :, :19].abs().max()), 0.01)
+        borders = data.normalise(square[None])[:, :, [*range(19), *range(61, 80)]]
+        self.assertLess(float(borders.abs().max()), 0.01)           # 0, but for rounding
 
     def test_extreme_photos_take_no_more_room_than_others(self):
         for size in ((900_000, 4), (4, 900_000), (4480, 10), (10, 4480), (1, 1)):
-            square = data.letterbox(Image.new("RGB", size, "white"), 448)
-            self.assertEqual(square.shape, (3, 448, 448))
+            self.assertEqual(data.letterbox(Image.new("RGB", size), 448).shape, (3, 448, 448))
         self.assertEqual(data.unletterbox(torch.rand(448, 448), 500_000, 3).shape, (3, 500_000))
 
     def test_opencv(self):
@@ -1645,22 +1585,6 @@ class Letterbox(unittest.TestCase):
                 difference = np.abs(ours.double().numpy() - theirs).max()
                 self.assertLessEqual(difference, most, (width, height, size, name))
 
-    def test_every_place_by_hand(self):
-        """Sums over the 4x4 or 2x2 pixels around a place, which is rounded to 1/32 pixel."""
-        for width, height, size, cubic in ((64, 43, 45, True), (33, 50, 45, False)):
-            scale, left, top = data.letterbox_place(width, height, size)
-            self.assertEqual((scale, left, top), (
-                size / max(width, height), (size - scale * width) / 2, (size - scale * height) / 2))
-            image = torch.rand(height, width, 1, dtype=torch.float64)
-            square = data.warp(image.transpose(0, 1), scale, left, top, size, size, cubic)[0]
-            for row, column in itertools.product(range(0, size, 7), repeat=2):
-                v, u = (round(32 * (at - shift) / scale) / 32
-                        for at, shift in ((row, top), (column, left)))
-                total = (np.array([weight(v - j, cubic) for j in range(height)])
-                         @ image[..., 0].numpy()
-                         @ np.array([weight(u - i, cubic) for i in range(width)]))
-                self.assertAlmostEqual(float(square[row, column]), total, places=6)
-
 
 def weight(x, cubic, a=-0.75):
     """The weight of a pixel at distance x: cubic interpolation with OpenCV's `a`, or linear."""
@@ -1676,48 +1600,39 @@ class Refer(unittest.TestCase):
 
     def setUp(self):
         self.root = folder(self)
-        self.photos = self.root / "images" / "train2014"
-        self.photos.mkdir(parents=True)
-        (self.root / "refcoco").mkdir()
+        place = self.root / "images" / "train2014"
+        place.mkdir(parents=True)
+        self.photos = {i: place / f"COCO_train2014_{i:012d}.{'png' if i == 5 else 'jpg'}"
+                       for i in range(1, 6)}
         noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         exif = Image.Exif()
         exif[0x0112] = 6                        # "turn me by 90 degrees"
-        for i, mode in enumerate(("RGB", "L", "CMYK", "RGB", "P"), 1):
-            Image.fromarray(noise).convert(mode).save(
-                self.photos / self.photo(i), exif=exif if i == 4 else b"")
+        for (i, path), mode in zip(self.photos.items(), ("RGB", "L", "CMYK", "RGB", "P")):
+            Image.fromarray(noise).convert(mode).save(path, exif=exif if i == 4 else b"")
         stripe = np.zeros((60, 80), np.uint8)
         stripe[:, 7] = 1
-        self.truth = {              # annotation: expression, segmentation, photo
+        runs = data.run_lengths(stripe)
+        packed = data.pycocotools.mask.frPyObjects(runs, 60, 80)["counts"].decode()
+        truth = {                   # annotation: expression, segmentation, photo
             11: ("polygons", [[10, 10, 30, 10, 30, 40, 10, 40]], 1),
             12: ("two parts", [[0, 0, 10, 0, 10, 10, 0, 10], [50, 20, 60, 20, 60, 50, 50, 50]], 1),
-            13: ("uncompressed RLE", data.run_lengths(stripe), 2),
-            14: ("compressed RLE", self.compressed(stripe), 3),
+            13: ("uncompressed RLE", runs, 2),
+            14: ("compressed RLE", {"size": [60, 80], "counts": packed}, 3),
             15: ("turned photo", [[0, 0, 80, 0, 80, 20, 0, 20]], 4),
             16: ("one pixel wide", [[5, 0, 6, 0, 6, 60, 5, 60]], 5),
             17: ("a spare line in it", [[1, 1, 2, 2], [20, 20, 40, 20, 40, 40, 20, 40]], 2)}
         self.instances = {
-            "images": [{"id": i, "width": 80, "height": 60, "file_name": self.photo(i)}
-                       for i in range(1, 6)],
+            "images": [{"id": i, "width": 80, "height": 60, "file_name": path.name}
+                       for i, path in self.photos.items()],
             "annotations": [{"id": a, "image_id": i, "segmentation": s, "category_id": 1}
-                            for a, (_, s, i) in self.truth.items()],
-            "categories": [{"id": 1, "name": "thing"}]}
+                            for a, (_, s, i) in truth.items()]}
         self.refs = [{"ref_id": a + 100, "ann_id": a, "image_id": i, "category_id": 1,
                       "split": "val" if a == 17 else "train",
                       "file_name": f"COCO_train2014_{i:012d}_{a}.jpg",
-                      "sentences": [{"sent": text, "sent_id": a, "raw": text, "tokens": [text]}
-                                    for text in (name, "it")]}
-                     for a, (name, _, i) in self.truth.items()]
+                      "sentences": [{"sent": text, "sent_id": a} for text in (name, "it")]}
+                     for a, (name, _, i) in truth.items()]
         self.write("refcoco", "unc", self.refs)
         self.tokenizer = data.Tokenizer(b"#version: 0.2\n")
-
-    @staticmethod
-    def photo(i):
-        return f"COCO_train2014_{i:012d}.{'png' if i == 5 else 'jpg'}"
-
-    @staticmethod
-    def compressed(mask):
-        rle = data.pycocotools.mask.encode(np.asfortranarray(mask))
-        return {"size": rle["size"], "counts": rle["counts"].decode()}
 
     def write(self, name, split_by, refs):
         data.read_refs.cache_clear()
@@ -1735,28 +1650,25 @@ class Refer(unittest.TestCase):
         self.assertEqual(areas, {11: 600, 12: 400, 13: 60, 14: 60, 15: 1600, 16: 60, 17: 400})
 
     def test_photos_of_every_kind(self):
-        for i in range(1, 6):
-            photo = data.read_photo(self.photos / self.photo(i))
+        photos = {i: data.read_photo(path) for i, path in self.photos.items()}
+        for i, photo in photos.items():
             self.assertEqual((photo.mode, photo.size), ("RGB", (80, 60)), i)
-        turned, plain = (np.asarray(data.read_photo(self.photos / self.photo(i))).astype(int)
-                         for i in (4, 1))
+        turned, plain = (np.asarray(photos[i]).astype(int) for i in (4, 1))
         self.assertLess(np.abs(turned - plain).mean(), 1)           # EXIF is not applied
-        self.assertEqual(data.read_photo(self.photos / self.photo(4), upright=True).size, (60, 80))
+        self.assertEqual(data.read_photo(self.photos[4], upright=True).size, (60, 80))
 
     def test_samples_depend_on_seed_epoch_and_index_alone(self):
+        """In training. For evaluation, every expression comes once."""
         refs = self.read()
-        def samples(seed, epoch):
+        drawn = []
+        for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1)):
             dataset = data.TrainSet(refs, self.tokenizer, 64, 17, seed)
-            return [dataset[epoch, i] for i in range(6)]
-        sample = samples(0, 1)[0]
-        self.assertEqual((sample["image"].shape, sample["image"].dtype), ((3, 64, 64), torch.uint8))
-        self.assertEqual((sample["mask"].shape, sample["ref"]), ((1, 64, 64), "111"))
-        drawn = [[sample["tokens"].tolist() for sample in samples(seed, epoch)]
-                 for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))]
+            drawn.append([dataset[epoch, i]["tokens"].tolist() for i in range(6)])
         self.assertEqual([other == drawn[0] for other in drawn], [True, True, False, False])
-
-    def test_every_expression_is_evaluated_once(self):
-        expressions = data.ExpressionSet(self.read(), self.tokenizer, 64, 17)
+        image, mask, ref = (dataset[1, 0][key] for key in ("image", "mask", "ref"))
+        self.assertEqual((image.shape, image.dtype), ((3, 64, 64), torch.uint8))
+        self.assertEqual((mask.shape, ref), ((1, 64, 64), "111"))
+        expressions = data.ExpressionSet(refs, self.tokenizer, 64, 17)
         self.assertEqual([expressions[i]["index"] for i in range(len(expressions))],
                          list(range(12)))
         self.assertEqual(expressions[2]["mask"].shape, (60, 80))
@@ -1770,22 +1682,79 @@ class Refer(unittest.TestCase):
         ref, = self.read()
         self.assertEqual((ref.id, ref.sentences), (1, ("café",)))
 
-    def test_broken_masks_are_refused(self):
-        def rle(counts, size=(60, 80)):
-            return {"size": size, "counts": counts}
-        ref = self.read()[0]
-        for segmentation in (
-                [[1, 1, 2, 2]], [[1, 1, 2, 2, 3]], [["a"] * 6], [[math.nan] * 6], [5], "poly", 7,
-                [[-9, -9, -5, -9, -5, -5]], [[4e8, 4e8, -4e8, -4e8, 4e8, 0]], {"size": [60, 80]},
-                rle([4800], (80, 60)), rle([4800], 3), rle([4000]), rle([4800]), rle([9000]),
-                rle([-1, 4801]), rle(["a"]), rle(""), rle(7), rle("zzzzzz~~" * 9)):
-            with self.subTest(segmentation), self.assertRaisesRegex(
-                    data.DataError, "ref 111 of .*unusable segmentation"):
-                data.decode_mask(ref._replace(segmentation=segmentation))
+    def read_all(self, skip_broken):
+        """Reads all of train, and a training sample: how many entries were left out."""
+        data.read_refs.cache_clear()
+        refs, left_out = data.read_split(self.root, "refcoco", "train", skip_broken)
+        samples = data.ExpressionSet(refs, self.tokenizer, 64, 17, skip_broken)
+        data.TrainSet(refs, self.tokenizer, 64, 17, 0, skip_broken)[1, 0]
+        return left_out + sum(samples[i] is None for i in range(len(samples)))
+
+    def test_broken_data_sets(self):
+        """One line says what is wrong. --skip-broken leaves out an entry, but not a whole file."""
+        files = refs, coco = [self.root / "refcoco" / name
+                              for name in ("refs(unc).p", "instances.json")]
+        ref, image, mask = self.refs[0], *(self.instances[key][0]
+                                           for key in ("images", "annotations"))
+        photo, deep = self.photos[1], io.BytesIO()
+        Image.new("F", (80, 60)).save(deep, "TIFF")
+        whole = {path: path.read_bytes() for path in (*files, photo)}
+        for where, change, message in (
+                (refs, pickle.dumps([Harm(self.root / "h")]), r"asks for \w+.mkdir, which could"),
+                (refs, whole[refs][:-50], r"refs\(unc\).p: cannot be read"),
+                (coco, whole[coco][:99], "instances.json: cannot be read"),
+                (coco, b'{"annotations": []}', "no 'images'"),
+                (ref, {"ann_id": 10**30}, "entry 0: .*annotation 10+ is not in"),
+                (ref, {"image_id": [1]}, "entry .*unhashable"),
+                (ref, {"sentences": [{"sent": " &nbsp; "}]}, "an expression is empty"),
+                (ref, {"sentences": [{"tokens": []}]}, "no 'sent'"),
+                (image, {"file_name": "\x1b[2J"}, r"no image folder holds \?\[2J"),
+                (image, {"width": 81}, "pixels, but instances.json says 81x"),
+                (mask, {"segmentation": None}, "has no mask"),
+                *((mask, {"segmentation": wrong}, "ref 111 of .*unusable segmentation")
+                  for wrong in ([[1, 1, 2, 2]], [[math.nan] * 6], [[-9, -9, -5, -9, -5, -5]],
+                                [[4e8, 4e8, -4e8, -4e8, 4e8, 0]],
+                                {"size": [60, 80]}, {"size": [80, 60], "counts": [9, 4791]},
+                                {"size": [60, 80], "counts": [9, 9000]})),
+                (photo, deep.getvalue(), "more than 8 bits"),
+                (photo, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "not identify")):
+            with self.subTest(message=message, change=change):
+                if isinstance(where, dict):
+                    with mock.patch.dict(where, change):
+                        self.write("refcoco", "unc", self.refs)
+                else:
+                    where.write_bytes(change)
+                with self.assertRaisesRegex(data.DataError, rf"\A.*{message}.*\Z"):
+                    self.read_all(skip_broken=False)
+                if where in files:
+                    with self.assertRaises(data.DataError):
+                        self.read_all(skip_broken=True)
+                else:
+                    self.assertGreaterEqual(self.read_all(skip_broken=True), 1)
+                for path, content in whole.items():
+                    path.write_bytes(content)
+        self.assertFalse((self.root / "h").exists())
+
+    def test_odd_texts_are_read(self):
+        for text in ("\x00\x1b[2J\x07", "\u202eהחתול\u202c", "cat \ud800", "a word " * 999):
+            self.refs[0]["sentences"] = [{"sent": text}]
+            self.write("refcoco", "unc", self.refs)
+            self.assertEqual(self.read_all(skip_broken=False), 0)
+
+    @unittest.skipUnless(MANY, "changes bytes at random; MANY=1 runs it")
+    def test_mutated_files(self):
+        """A few changed bytes: each file is read, or refused with the documented error."""
+        chance = random.Random(0)
+        for path in 120 * MANY * [*(self.root / "refcoco").iterdir(), self.photos[1]]:
+            whole = path.read_bytes()
+            start, old, new = chance.randrange(len(whole)), *chance.choices((0, 1, 8), k=2)
+            path.write_bytes(whole[:start] + chance.randbytes(new) + whole[start + old:])
+            with contextlib.suppress(data.DataError):
+                self.read_all(skip_broken=False)
+            path.write_bytes(whole)
 
     def test_broken_photos_are_refused_or_skipped(self):
-        path = self.photos / self.photo(1)
-        path.write_bytes(path.read_bytes()[:200])
+        self.photos[1].write_bytes(self.photos[1].read_bytes()[:200])
         for dataset, broken in ((data.TrainSet, (1, 0)), (data.ExpressionSet, 0)):
             with self.assertRaisesRegex(data.DataError, "1.jpg: cannot be read as an image"):
                 dataset(self.read(), self.tokenizer, 64, 17)[broken]
@@ -1810,12 +1779,12 @@ class Refer(unittest.TestCase):
         self.write("mine", "other", self.refs)
         self.assertEqual(len(self.read("mine-other")), 6)
         for name, split, message in (
-                ("mine", "train", "2 files .*mine-other, mine-unc"),
-                ("refcocog-umd", "train", "no data set 'refcocog-umd'.*found: mine, refcoco;"),
+                ("mine", "train", "no data set 'mine'.*mine-other, mine-unc"),
+                ("refcocog-umd", "train", "'refcocog-umd'; found: mine-other, mine-unc, ref"),
                 ("refcoco", "testA", "no split 'testA'; found: train, val")):
             with self.assertRaisesRegex(data.DataError, message):
                 self.read(name, split)
-        shutil.rmtree(self.photos)
+        shutil.rmtree(self.photos[1].parent)
         data.read_refs.cache_clear()
         with self.assertRaisesRegex(data.DataError, "no images in any of .*train2014"):
             self.read()
@@ -1823,167 +1792,32 @@ class Refer(unittest.TestCase):
     def test_check_prints_a_table(self):
         status, out, _ = program(data, "check", self.root)
         self.assertEqual(status, 0)
-        self.assertIn("| refcoco | train | 6 | 42,404 | 12 | 120,624 | differs |", out)
+        self.assertIn("| refcoco | train | 6 | 12 | published: 42,404 and 120,624 |", out)
 
 
 class Hostile(unittest.TestCase):
-    """Files that are damaged, or that somebody made to do harm."""
-
-    def setUp(self):
-        self.root = folder(self)
-        self.home = data.draw_shapes(self.root, {"train": 6, "val": 3})
-        self.paths = {"refs": self.home / "refs(shapes).p", "json": self.home / "instances.json",
-                      "photo": next((self.home / "images").glob("*val*"))}
-        self.whole = {path: path.read_bytes() for path in self.paths.values()}
-        self.tokenizer = data.Tokenizer(self.home / "merges.txt")
-
-    def read_all(self, skip):
-        """Reads every expression and a training sample: how many entries were left out."""
-        data.read_refs.cache_clear()
-        for split in ("train", "val"):
-            refs, left_out = data.read_split(self.root, "shapes", split, skip)
-            samples = data.ExpressionSet(refs, self.tokenizer, 64, 17, skip)
-            left_out += sum(samples[i] is None for i in range(len(samples)))
-            data.TrainSet(refs, self.tokenizer, 64, 17, 0, skip)[1, 0]
-        return left_out
-
-    def spoil(self, which, change):
-        """Restores all files, then writes one anew, or changes the entry of the last ref in it."""
-        for path, content in self.whole.items():
-            path.write_bytes(content)
-        if isinstance(change, bytes):
-            self.paths[which].write_bytes(change)
-            return
-        refs, instances = pickle.loads(self.whole[self.paths["refs"]]), json.loads(
-            self.whole[self.paths["json"]])
-        ref = refs[-1]
-        entries = {"ref": ref, "image": instances["images"][ref["image_id"] - 1],
-                   "mask": instances["annotations"][ref["ann_id"] - 1]}
-        entries[which].update(change)
-        self.paths["refs"].write_bytes(pickle.dumps(refs))
-        self.paths["json"].write_text(json.dumps(instances))
-
-    def test_data_sets(self):
-        """One line says what is wrong. --skip-broken leaves out an entry, but not a whole file."""
-        def encoded(mode, size, form, cut=None):
-            buffer = io.BytesIO()
-            Image.new(mode, size).save(buffer, form)
-            return buffer.getvalue()[:cut]
-        for which, change, message in (
-                ("refs", pickle.dumps([Harm(self.root / "h")]), r"asks for \w+.mkdir, which could"),
-                ("refs", b"cbuiltins\neval\n.", "could run code"),
-                ("refs", b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "could run code"),
-                ("refs", b"(ios\nsystem\n.", "could run code"),
-                ("refs", self.whole[self.paths["refs"]][:-50], r"refs\(shapes\).p: cannot be read"),
-                ("refs", b"", "cannot be read"),
-                ("refs", pickle.dumps(7), "cannot be read"),
-                ("json", b"[" * 100_000, "instances.json: cannot be read"),
-                ("json", b'{"images": ["', "cannot be read"),
-                ("json", b'{"images": "\xff\xfe"}', "cannot be read"),
-                ("json", b'{"annotations": []}', "no 'images'"),
-                ("json", b'{"images": 5, "annotations": []}', "cannot be read"),
-                ("ref", {"ann_id": 10**30}, "entry [0-9]+: .*annotation 10+ is not in"),
-                ("ref", {"image_id": [1]}, "entry .*unhashable"),
-                ("ref", {"sentences": []}, "an expression is empty"),
-                ("ref", {"sentences": [{"sent": " &nbsp; "}]}, "an expression is empty"),
-                ("ref", {"sentences": [{"tokens": []}]}, "no 'sent'"),
-                ("ref", {"split": ["val"]}, "entry .*unhashable"),
-                ("image", {"file_name": "gone.jpg"}, "no image folder holds gone.jpg"),
-                ("image", {"file_name": "\x1b[2J"}, "entry .*no image folder holds"),
-                ("image", {"file_name": "../../../etc/passwd"}, "no image folder holds .*passwd"),
-                ("image", {"width": -64}, "pixels, but instances.json says -64x"),
-                ("mask", {"segmentation": None}, "has no mask"),
-                ("mask", {"segmentation": {"size": [10**6, 10**6], "counts": "04"}}, "of size"),
-                ("photo", encoded("RGB", (64, 64), "JPEG", 400), "cannot be read as an image"),
-                ("photo", encoded("F", (64, 64), "TIFF"), "more than 8 bits"),
-                ("photo", encoded("1", (30_000, 30_000), "PNG"), "exceeds limit"),
-                ("photo", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
-                 "cannot be read as an image")):
-            with self.subTest(which=which, message=message):
-                self.spoil(which, change)
-                before = set(self.root.rglob("*"))
-                with self.assertRaisesRegex(data.DataError, message) as refused:
-                    self.read_all(skip=False)
-                self.assertNotIn("\n", str(refused.exception))
-                if which in ("refs", "json"):
-                    with self.assertRaises(data.DataError):
-                        self.read_all(skip=True)
-                else:
-                    self.assertGreaterEqual(self.read_all(skip=True), 1)
-                self.assertEqual(set(self.root.rglob("*")), before)
-
-    def test_odd_texts_are_read(self):
-        for text in ("\x00\x1b[2J\x07", "\u202eהחתול השמאלי\u202c", "cat \ud800", "a word " * 999):
-            self.spoil("ref", {"sentences": [{"sent": text}]})
-            self.assertEqual(self.read_all(skip=False), 0)
-
-    @unittest.skipUnless(MANY, "changes bytes at random; MANY=1 runs it")
-    def test_mutated_files(self):
-        """A few changed bytes: each file is read, or refused with the documented error."""
-        chance, net = random.Random(0), model.build("shapes").eval()
-        path, batch = self.root / "m.pt", (torch.zeros(1, 3, 64, 64), torch.ones(1, 17).long())
-        model.save(path, net, run={}, vocabulary={"text": self.tokenizer.text})
-        whole, logits, refused = path.read_bytes(), net(*batch), [0, 0]
-
-        def attempt(kind, read, argument):
-            try:
-                return read(argument)
-            except (data.DataError, model.WeightsError) as error:
-                self.assertNotIn("\n", str(error))
-                refused[kind] += 1
-
-        for _ in range(120 * MANY):
-            for which in self.paths:
-                self.spoil(which, mutated(self.whole[self.paths[which]], chance))
-                attempt(0, self.read_all, False)
-                attempt(0, self.read_all, True)
-            attempt(0, data.Tokenizer, mutated(self.tokenizer.text.encode(), chance))
-            path.write_bytes(mutated(whole, chance))
-            again = attempt(1, model.load, path)
-            self.assertTrue(again is None or torch.equal(again(*batch), logits))
-        self.assertGreater(min(refused), 50 * MANY)
-
     def test_weight_files(self):
-        path, harm = self.root / "w.pt", Harm(self.root / "h")
-        for content in ({"state_dict": harm}, pickle.dumps(harm), b"hi", b"", [1],
-                        {"state_dict": {0: torch.ones(1)}}, {"state_dict": {"module.a": 5}}):
+        path, harm = folder(self) / "w.pt", Harm(folder(self) / "h")
+        for content in ({"state_dict": harm}, pickle.dumps(harm), b"", [1],
+                        {"state_dict": {"module.a": 5}}):
             path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
             for read in (model.load, backbones.load_vision, backbones.load_text):
-                with self.subTest(content=content, read=read), self.assertRaises(
-                        (model.WeightsError, model.ConfigError)) as refused:
+                with self.subTest(content=content, read=read), self.assertRaisesRegex(
+                        (model.WeightsError, model.ConfigError), r"\A.+\Z"):
                     read(path)
-                self.assertEqual(len(str(refused.exception).splitlines()), 1)
-        self.assertFalse((self.root / "h").exists())
-
-
-def mutated(content, chance):
-    """Content with a few bytes changed, left out, doubled or put elsewhere."""
-    content = bytearray(content)
-    for _ in range(chance.randint(1, 4)):
-        if not content:
-            break
-        start = chance.randrange(len(content))
-        end = min(len(content), start + chance.choice((1, 1, 2, 8, 64)))
-        part = content[start:end]
-        content[start:end] = chance.choice((
-            bytes(chance.randrange(256) for _ in part), b"", part + part, bytes(len(part)),
-            bytes([part[0] ^ 1 << chance.randrange(8)]) + part[1:]))
-    return bytes(content)
+        self.assertFalse(Path(harm.path).exists())
 
 
 class Drawn(unittest.TestCase):
     def referred(self, text, figures, domain):
         """Reads an expression back, word by word: the figures that it can refer to."""
         def matching(words):
-            found = figures
-            for word in words:
-                found = [f for f in found if word in (f.kind, f.colour, f.size, f.texture, "shape")]
-            return found
+            return [f for f in figures if {*words} <= {*f[:4], "shape"}]
 
         words = text.removeprefix("the ")
         for relation, (dx, dy) in {**domain.directions, "nearest to": (0, 0)}.items():
-            if f" {relation} the " in words:
-                left, right = words.split(f" {relation} the ")
+            left, _, right = words.partition(f" {relation} the ")
+            if right:
                 anchor, = matching(right.split())
                 found = [f for f in matching(left.split()) if f is not anchor]
                 if relation == "nearest to":
@@ -2004,8 +1838,7 @@ class Drawn(unittest.TestCase):
                     for kind, texts in enumerate(data.expressions(figure, figures, 4, domain)):
                         read[kind] += len(texts)
                         for text in texts:
-                            if self.referred(text, figures, domain) != [figure]:
-                                self.fail(f"{text!r} in {figures}")
+                            self.assertEqual(self.referred(text, figures, domain), [figure], text)
             self.assertGreater(min(read), 500, name)
 
     def test_files(self):
@@ -2013,8 +1846,8 @@ class Drawn(unittest.TestCase):
         for name in data.DOMAINS:
             root = folder(self)
             home = data.draw_shapes(root, {"train": 30, "val": 4, "test": 3}, name=name)
-            splits, skipped = data.read_refs(root, name)
-            self.assertEqual((set(splits), skipped), ({"train", "val", "test"}, 0))
+            splits, broken = data.read_refs(root, name)
+            self.assertEqual((set(splits), broken), ({"train", "val", "test"}, []))
             refs = splits["train"]
             self.assertEqual({type(ref.segmentation) for ref in refs}, {list, dict})
             self.assertTrue(all(data.decode_mask(ref).sum() > 20 for ref in refs))
@@ -2022,20 +1855,6 @@ class Drawn(unittest.TestCase):
             self.assertEqual(len(tokenizer.encode(text)), len(text.split()))
             self.assertLessEqual(tokenizer.size, backbones.TEXT["small"].vocabulary)
             self.assertNotEqual(program(data, name, root)[0], 0)    # never drawn over
-
-    def test_the_same_seed_draws_the_same(self):
-        a, b, c = (data.draw_shapes(folder(self), {"train": 6, "val": 2}, seed)
-                   for seed in (0, 0, 1))
-        for name in ("instances.json", "refs(shapes).p", "images/shapes_val_000007.jpg"):
-            self.assertEqual((a / name).read_bytes(), (b / name).read_bytes())
-            self.assertNotEqual((a / name).read_bytes(), (c / name).read_bytes())
-
-    def test_an_interrupted_drawing_leaves_nothing(self):
-        root = folder(self)
-        with mock.patch.object(data, "learn_merges", side_effect=KeyboardInterrupt), \
-                self.assertRaises(KeyboardInterrupt):
-            data.draw_shapes(root, {"train": 1})
-        self.assertEqual(list(root.iterdir()), [])
 
 
 class Metrics(unittest.TestCase):
@@ -2054,15 +1873,15 @@ class Metrics(unittest.TestCase):
         self.assertTrue(torch.allclose(found[:, ::31, ::31], corners, atol=1e-6))
 
     def test_shared_batches_are_the_same_batches(self):
-        for batch, world, micro in ((8, 1, 8), (8, 2, 4), (8, 2, 2), (8, 4, 2)):
-            shares = [list(train.GlobalBatches(37, batch, micro, rank, world, seed=3))
+        whole = list(train.GlobalBatches(37, 8, 8, 0, 1, seed=3))
+        self.assertNotEqual(whole, list(train.GlobalBatches(37, 8, 8, 0, 1, seed=4)))
+        for world, micro in ((1, 8), (2, 4), (2, 2), (4, 2)):
+            shares = [list(train.GlobalBatches(37, 8, micro, rank, world, seed=3))
                       for rank in range(world)]
-            self.assertEqual({len(share) for share in shares}, {4 * batch // world // micro})
-            pieces = batch // world // micro
-            seen = [[place for share in shares for piece in share[i * pieces:(i + 1) * pieces]
-                     for place in piece] for i in range(4)]
-            whole = list(train.GlobalBatches(37, batch, batch, 0, 1, seed=3))
-            self.assertEqual(seen, whole)
+            pieces = 8 // world // micro            # of a share in each batch
+            self.assertEqual({len(share) for share in shares}, {4 * pieces})
+            self.assertEqual(whole, [sum((sum(share[i:i + pieces], []) for share in shares), [])
+                                     for i in range(0, 4 * pieces, pieces)])
 
 
 class Evaluating(unittest.TestCase):
@@ -2074,8 +1893,7 @@ class Evaluating(unittest.TestCase):
         cls.addClassCleanup(place.cleanup)
         cls.root, cls.ckpt = Path(place.name), Path(place.name, "net.pt")
         cls.tokenizer = data.Tokenizer(data.draw_shapes(cls.root / "data", TINY) / "merges.txt")
-        cls.net = model.build("shapes", head_width=32, head_heads=2, head_layers=1)
-        cls.net.load_state_dict(shake(copy.deepcopy(cls.net)).state_dict())
+        cls.net = shake(model.build("shapes", head_width=32, head_heads=2, head_layers=1)).float()
         model.save(cls.ckpt, cls.net, run={"dataset": "shapes"},
                    vocabulary={"text": cls.tokenizer.text})
         *cls.refs, cls.last = data.read_split(cls.root / "data", "shapes", "val")[0]
@@ -2092,13 +1910,11 @@ class Evaluating(unittest.TestCase):
                 rows.append((len(rows), (predicted & truth).sum(), (predicted | truth).sum()))
         for world in (1, 2, 3):
             file, panel = self.root / f"{world}.json", self.root / f"{world}.png"
-            children = begin(self.root, [
+            statuses, lines = launch([
                 *self.common, "--split", "val", "test", "--skip-broken", "--batch-size", 3,
                 "--json", file, "--panel", panel], None, world, "evaluate")
-            for child in children:
-                child.join(60)
-            printed = (self.root / "0.txt").read_text()
-            self.assertEqual([child.exitcode for child in children], [0] * world, printed)
+            printed = "\n".join(lines)
+            self.assertEqual(statuses, [0] * world, printed)
             self.assertRegex(printed, r"left out 0 .* and \d+ expressions with a broken photo")
             self.assertRegex(printed, r"\| val \| \d+ \| \d+\.\d\d \|(.|\n)+\| test \|")
             self.assertEqual(Image.open(panel).width, 2 * 580)
@@ -2122,26 +1938,18 @@ class Evaluating(unittest.TestCase):
 
     def test_bad_input_gets_one_line_and_status_2(self):
         place, photo = folder(self), self.refs[0].image
-        (place / "cut.pt").write_bytes(self.ckpt.read_bytes()[:4000])
         one = ["--image", photo, "--text", "it", "--output", place / "o.png"]
         for arguments, message in (
-                (["--ckpt", place / "cut.pt"], "cut.pt: not a readable"),
+                (["--ckpt", self.refs[0].image], "not a readable"),
                 (["--split", "testC"], "no split 'testC'; found"), (one[2:], "one photo takes"),
                 (["--dataset", "mixed"], "choose one to evaluate it on"),
                 (["--split", "val", "--workers", 1], f"{self.last.image}: cannot be read"),
-                (["--json", self.ckpt], "net.pt is an input"), (["--json", "/dev/null"], "not a f"),
-                (["--length", 99], "from 3 to 77"), (["--flag"], "arguments: --flag; --help"),
+                (["--json", self.ckpt], "net.pt is an input"), (["--length", 99], "from 3 to 77"),
                 ([*one, "--image", self.last.image], "cannot be read as an image"),
-                ([*one, "--output", photo], "is an input"),
                 ([*one, "--output", place / "o.cat"], "o.cat: could not be written: unknown file"),
-                ([*one, "--split", "val"], "nothing of a split"),
                 ([*one, "--text", " &nbsp; "], "the expression is empty")):
-            status, out, err = program(evaluate, *self.common, *arguments)
-            lines = [line for line in err.replace("\r", "\n").splitlines()
-                     if line.strip() and not line.startswith("shapes val:")]
-            self.assertEqual((status, out, len(lines)), (2, "", 1), err)
-            self.assertRegex(lines[0], f"evaluate.py: .*{message}")
-        self.assertEqual({path.name for path in place.iterdir()}, {"cut.pt"})
+            refused(self, evaluate, [*self.common, *arguments], f"evaluate.py: .*{message}")
+        self.assertEqual(list(place.iterdir()), [])
 
 
 class Runs(unittest.TestCase):
@@ -2155,42 +1963,21 @@ class Runs(unittest.TestCase):
         cls.root = Path(place.name)
         data.draw_shapes(cls.root / "data", cls.SCENES)
         # With dropout, which must draw the same numbers again.
-        cls.options = [*SMALL_RUN, "--dropout", "0.1", "--save-every", "2"]
-        cls.command = [*cls.options, "--data", cls.root / "data"]
+        cls.command = [*SMALL_RUN, "--dropout", "0.1", "--save-every", "2",
+                       "--data", cls.root / "data"]
         for world in (1, 2):
             cls.printed = cls.run_out(f"whole{world}", None, world)
 
     @classmethod
     def run_out(cls, out, trick=None, world=1, *more):
         """A run in ROOT/OUT: its exit statuses, and the lines it printed but for progress."""
-        return cls.finish(begin(cls.root, [*cls.command, "--out", cls.root / out, *more],
-                                 trick, world))
-
-    @classmethod
-    def finish(cls, children):
-        for child in children:
-            child.join(60)
-            hung = child.exitcode is None
-            child.kill()
-            child.join()
-            if hung:
-                raise AssertionError("a process hangs")
-        printed = "".join((cls.root / f"{rank}.txt").read_text().replace("\r", "\n")
-                          for rank in range(len(children)))
-        lines = [line for line in printed.splitlines()
-                 if line.strip() and not re.match(r"(epoch|drawing|validating)", line)]
-        return [child.exitcode for child in children], lines
+        return launch([*cls.command, "--out", cls.root / out, *more], trick, world)
 
     def log(self, out):
         return [json.loads(line) for line in (self.root / out / "log.jsonl").open()]
 
     def tensors(self, out, name="last.pt"):
         return model.read_checkpoint(self.root / out / name)["tensors"]
-
-    def place(self, out):
-        """Epoch and step at which a run was saved."""
-        progress = model.read_checkpoint(self.root / out / "last.pt")["progress"]
-        return progress["epoch"], progress["step"]
 
     def same_as_whole(self, out, world):
         """That a run left the files of the undisturbed one, bit for bit but for the times."""
@@ -2219,15 +2006,6 @@ class Runs(unittest.TestCase):
             for name in ("val.png", "curves.png"):
                 with Image.open(whole / name) as picture:
                     self.assertGreater(np.asarray(picture).std(), 5)
-            # One process finds the figures in the checkpoint that one or two have logged.
-            figures = whole.with_suffix(".json")
-            statuses, lines = self.finish(begin(self.root, [
-                "--ckpt", whole / "last.pt", "--data", self.root / "data", "--split", "val",
-                "--batch-size", 8, "--json", figures], module="evaluate"))
-            self.assertEqual(statuses, [0], lines)
-            (found,) = json.loads(figures.read_text()).values()
-            for key in ("miou", "oiou", "p50"):
-                self.assertEqual(found["val"][key], rows[-1][key])
 
     def samples(self):
         refs = data.read_split(self.root / "data", "shapes", "train")[0]
@@ -2261,9 +2039,9 @@ class Runs(unittest.TestCase):
                 samples, batch_sampler=batches, num_workers=workers, multiprocessing_context=start,
                 worker_init_fn=train.leave_signals_to_parent if workers else None)
             for batch, places in zip(loader, batches, strict=True):
+                same = torch.utils.data.default_collate([samples[place] for place in places])
                 for key in ("image", "tokens", "mask"):
-                    self.assertTrue(torch.equal(batch[key], torch.stack([samples[p][key]
-                                                                         for p in places])))
+                    self.assertTrue(torch.equal(batch[key], same[key]))
 
     def test_two_processes_take_the_steps_of_one(self):
         """In double precision, where rounding cannot hide a mistake (Adam amplifies it)."""
@@ -2276,25 +2054,22 @@ class Runs(unittest.TestCase):
         for a, b in zip(self.log("double1"), self.log("double2")):
             self.assertAlmostEqual(a["loss"], b["loss"], delta=1e-12)
 
-    def test_another_seed_trains_another_model(self):
-        self.assertEqual(self.run_out("seed", None, 1, "--seed", 1, "--epochs", 1)[0], [0])
-        self.assertNotEqual(self.log("seed")[0]["loss"], self.log("whole1")[0]["loss"])
-
     def test_barleria_on_mixed_data_in_bfloat16(self):
-        """The three data sets of `mixed` as copies of the drawn one."""
-        place = folder(self)
-        drawn = data.draw_shapes(place, {"train": 8, "val": 2, "test": 1})
+        """The three data sets of `mixed` as copies of the drawn one. The folder is the default."""
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder(self))
+        drawn = data.draw_shapes("data", {"train": 8, "val": 2, "test": 1})
         for name, split_by in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
-            shutil.copytree(drawn, place / name)
-            (place / name / "refs(shapes).p").rename(place / name / f"refs({split_by}).p")
+            shutil.copytree(drawn, f"data/{name}")
+            Path("data", name, "refs(shapes).p").rename(f"data/{name}/refs({split_by}).p")
         status, _, err = program(
-            train, *SMALL_RUN, "--preset", "shapes-barleria", "--data", place, "--dataset", "mixed",
-            "--vocabulary", place / "refcoco" / "merges.txt", "--out", place / "run",
-            "--epochs", 1, "--micro-batch", 4, "--precision", "bf16")
+            train, *SMALL_RUN, "--preset", "shapes-barleria", "--dataset", "mixed", "--vocabulary",
+            "data/refcoco/merges.txt", "--epochs", 1, "--micro-batch", 4, "--precision", "bf16")
         self.assertEqual(status, 0, err)
-        config = model.read_checkpoint(place / "run" / "best.pt")["config"]
+        run = Path.cwd() / "runs" / "shapes-barleria"
+        config = model.read_checkpoint(run / "best.pt")["config"]
         self.assertEqual((config.method, config.length), ("barleria", 22))
-        self.assertLess(self.log(place / "run")[0]["loss"], 0.7)
+        self.assertLess(self.log(run)[0]["loss"], 0.7)
 
     def test_towers_are_carried_to_another_domain(self):
         place, best = folder(self), self.root / "whole1" / "best.pt"
@@ -2304,159 +2079,110 @@ class Runs(unittest.TestCase):
         before = {name: tensor for name, tensor in self.tensors("whole1", "best.pt").items()
                   if name.startswith(("vision.", "text."))}
         unused = ("mask_token", "logit_scale")
-        # Wrapped layers have longer names.
-        for preset, inserted in (("shapes-full", ""), ("shapes-lora", "frozen."),
-                                 ("shapes-compacter", "0."), ("shapes-barleria", "")):
+        for preset in ("shapes-full", "shapes-lora", "shapes-compacter", "shapes-barleria"):
             status, _, err = program(train, "--preset", preset, *common, "--out", place / preset)
             self.assertEqual(status, 0, err)
-            after = {name.replace(inserted, "") if inserted else name: tensor
+            # Wrapped layers have longer names.
+            after = {re.sub(r"frozen\.|(mlp)\.0", r"\1", name): tensor
                      for name, tensor in self.tensors(place / preset).items()}
             for name, tensor in before.items():
-                same = torch.equal(after[name.replace(inserted, "") if inserted else name], tensor)
                 learns = preset == "shapes-full" and name.split(".")[-1] not in unused
-                self.assertEqual(same, not learns, (preset, name))
-        for preset, init, out, message in (
-                ("shapes-lora", best, "shapes-lora", None),
-                ("shapes-lora", place / "shapes-full" / "best.pt", "shapes-lora", "run: init"),
-                ("shapes-lora", place / "shapes-lora" / "best.pt", "x", "best.pt"),
-                ("shapes-lora", place / "no.pt", "x", "no.pt: no such"),
-                ("houlsby", best, "x", "the tower has 4 blocks")):
-            status, out, err = program(train, "--preset", preset, *common, "--init", init,
-                                       "--out", place / out)
-            if message:
-                self.assertEqual((status, err.count("\n")), (2, 1), err)
-                self.assertRegex(err, message)
-            else:
-                self.assertRegex(out, "shapes-lora: finished after epoch 1")
+                self.assertEqual(torch.equal(after[name], tensor), not learns, (preset, name))
+        lora = ["--preset", "shapes-lora", *common, "--out", place / "shapes-lora"]
+        self.assertRegex(program(train, *lora)[1], "shapes-lora: finished after epoch 1")
+        for more, message in (
+                (["--init", place / "shapes-full" / "best.pt"], "run: init"),
+                (["--init", place / "shapes-lora" / "best.pt", "--out", place / "x"], "best.pt"),
+                (["--init", place / "no.pt"], "no.pt: no such"),
+                (["--preset", "houlsby", "--out", place / "x"], "the tower has 4 blocks")):
+            refused(self, train, [*lora, *more], message)
 
     def test_bad_input_gets_one_line_and_status_2(self):
         place = folder(self)
-        (place / "file").write_text("x")
-        best, last = ((self.root / "whole1" / name).read_bytes() for name in ("best.pt", "last.pt"))
-        middle = len(last) // 2
-        flipped = last[:middle] + bytes([last[middle] ^ 1]) + last[middle + 1:]
-        for name, content in (("other", last), ("best", best), ("cut", last[:4000]),
-                              ("flipped", flipped)):
+        for name in ("best", "last"):
             (place / name).mkdir()
-            (place / name / "last.pt").write_bytes(content)
-        real = ["--preset", "dcris-b", "--dataset", "refcoco"]
+            shutil.copy(self.root / "whole1" / f"{name}.pt", place / name / "last.pt")
         for arguments, message in (
-                (["--preset", "cats"], "argument --preset: invalid choice: 'cats'"),
-                (["--flag"], "unrecognized arguments"),
                 (["--preset", "dcris-b"], "needs --dataset"),
                 (["--init", "a.pt", "--random-towers"], "leave --random-towers"),
-                (["--save-every", -1], "at least 0"),
                 (["--bench", "--rounds", 0], "at least 1"),
-                ([*real, "--data", place / "no"], "no such file; .python backbones.py download"),
+                (["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no"],
+                 "no such file; .python backbones.py download"),
                 (["--preset", "shapes-lora"], "there is no file of one: --init"),
-                (["--dataset", "cats"], "'cats'|cats"),
-                (["--image-size", "65"], "image_size 65"),
-                (["--visual-adapter-layers", "1", "9"], "the tower has 4 blocks"),
                 (["--micro-batch", "5"], "micro-batches of 5; change"),
-                (["--batch-size", "9999"], "more than the .* refs"),
-                (["--out", place / "file"], "file"),
-                (["--out", place / "other", "--lr", 1, "--seed", 1],
+                (["--batch-size", "9999"], "only .* refs"),
+                (["--out", place / "last", "--lr", 1, "--seed", 1],
                  "another run: lr 0.001 there, 1.0 here; seed 0 there, 1 here; --out DIR"),
-                (["--out", place / "best"], "not this run's last.pt"),
-                (["--out", place / "cut"], "cut/last.pt: "),
-                (["--out", place / "flipped"], "flipped/last.pt: ")):
-            with self.subTest(arguments=arguments):
-                status, out, err = program(train, *self.command, "--out", place / "o", *arguments)
-                self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
-                self.assertRegex(err, message)
+                (["--out", place / "best"], "not this run's last.pt")):
+            refused(self, train, [*self.command, "--out", place / "o", *arguments], message)
 
     def test_the_folder_is_the_run(self):
-        before = (self.root / "whole1" / "last.pt").read_bytes()
-        statuses, lines = self.run_out("whole1")        # it is finished
-        self.assertEqual((statuses, len(lines)), ([0], 1), lines)
-        self.assertRegex(lines[0], "whole1: finished after epoch 2, .*; --out DIR starts another")
-        self.assertEqual((self.root / "whole1" / "last.pt").read_bytes(), before)
-        # No two runs write to one folder. The default is runs/PRESET.
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(folder(self))
-        first = begin(self.root, self.command, "slow")
-        while first[0].is_alive() and not Path("runs/shapes/.lock").exists():
-            time.sleep(0.05)
-        status, _, err = program(train, *self.command)
-        self.assertEqual((status, err.count("\n")), (2, 1), err)
-        self.assertRegex(err, "runs/shapes: another run is writing there")
-        self.assertEqual(self.finish(first)[0], [0])
-        self.same_as_whole(Path.cwd() / "runs" / "shapes", 1)
+        last = self.root / "whole1" / "last.pt"
+        before = last.read_bytes()
+        train.lock_folder(self.root / "locked")
+        for out, status, message in (
+                ("whole1", 0, "finished after epoch 2, .*; --out DIR starts another"),
+                ("locked", 2, "another run is writing there")):
+            statuses, lines = self.run_out(out)
+            self.assertEqual((statuses, len(lines)), ([status], 1), lines)
+            self.assertRegex(lines[0], f"{out}: {message}")
+        self.assertEqual(last.read_bytes(), before)
 
     def test_killed_at_chosen_places_a_run_ends_as_if_undisturbed(self):
         for world, tricks in ((1, ("drawing", "first step", "saving", "last step", "validating",
-                                   "validated", "best saved")),
-                              (2, ("saving", "last step", "validating"))):
-            out = self.root / f"killed{world}"
-            command = [*self.options, "--data", folder(self), "--out", out]
+                                   "validated", "best saved", None)),
+                              (2, ("saving", "last step", "validating", None))):
+            out, drawn = f"killed{world}", folder(self)
             for trick in tricks:
-                statuses, lines = self.finish(begin(self.root, command, trick, world))
-                self.assertIn(-signal.SIGKILL, statuses, (trick, lines))
-            statuses, lines = self.finish(begin(self.root, command, None, world))
-            self.assertEqual(statuses, [0] * world, lines)
+                statuses, lines = self.run_out(out, trick, world, "--data", drawn)
+                self.assertEqual(min(statuses) < 0, trick is not None, (trick, statuses, lines))
             self.same_as_whole(out, world)
 
     @unittest.skipUnless(MANY, "MANY=20 kills 20 runs at random moments")
     def test_killed_at_random_a_run_ends_as_if_undisturbed(self):
         moments = random.Random(0)
-        for world in (1, 2):
-            for kill in range(MANY):
-                out = f"random{world}-{kill // 4}"
-                children = begin(self.root, [*self.command, "--out", self.root / out], None, world)
-                time.sleep(moments.uniform(0.5, 1 + 1.5 * world))
-                for child in children:
-                    child.kill()
-                self.finish(children)
-                if kill % 4 == 3 or kill == MANY - 1:
-                    self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
-                    self.same_as_whole(out, world)
-
-    def test_a_signal_ends_the_run_after_the_step_and_saves_it(self):
-        for trick, status, world, place in (
-                ("terminate", 143, 1, (1, 3)), ("interrupt", 130, 1, (1, 3)),
-                ("terminate one", 143, 2, (1, 3)), ("terminate at last", 143, 1, (1, 6)),
-                ("terminate twice", -signal.SIGTERM, 1, (1, 2))):       # at once, unsaved
-            statuses, lines = self.run_out(trick, trick, world, "--workers", 2 - world)
-            self.assertEqual((statuses, lines), ([status] * world, []), trick)
-            self.assertEqual(self.place(trick), place, trick)
-        for out, world in (("terminate", 1), ("terminate one", 2)):
+        for world, run in itertools.product((1, 2), range(0, MANY, 4)):
+            out = f"random{world}-{run}"
+            for _ in range(4):
+                launch([*self.command, "--out", self.root / out], None, world,
+                       kill_after=moments.uniform(0.5, 1 + 1.5 * world))
             self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
             self.same_as_whole(out, world)
 
-    def test_one_says_why_and_none_hangs(self):
-        """Afterwards the run can go on: what was saved is whole."""
-        for trick, more, status, message in (
-                (None, ["--image-size", "65"], 2, "image_size 65"),
-                (None, ["--vocabulary", self.root / "none"], 2, "none"),
-                ("fail at one", [], 2, "photo 7 is broken"),
-                ("rank 1", [], 1, "lost another process"),
-                ("full disk", [], 2, "last.pt: could not be written: .*File too large"),
-                ("not finite", [], 2, r"the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
-                                      r"last.pt, if saved, is from before; try a lower --lr")):
-            out = f"said {trick} {message[:5]}"
-            statuses, lines = self.run_out(out, trick, 2, *more)
-            self.assertEqual(len(lines), 1, (trick, lines))
-            self.assertRegex(lines[0], message)
-            self.assertIn(status, statuses)
-        for out in ("said not finite the l", "said full disk last."):
-            self.assertEqual(self.place(out), (1, 4))
-        self.assertEqual(self.run_out(out, None, 2)[0], [0, 0])
-        self.same_as_whole(out, 2)
+    def test_a_disturbed_run_says_why_and_goes_on(self):
+        """A signal ends it after the step, and saves it. Where one process fails, none hangs."""
+        for trick, statuses, said, place in (
+                ("terminate", [143], "", (1, 3)), ("interrupt", [130], "", (1, 3)),
+                ("terminate one", [143, 143], "", (1, 3)), ("terminate at last", [143], "", (1, 6)),
+                ("terminate twice", [-signal.SIGTERM], "", (1, 2)),     # at once, unsaved
+                ("fail at one", [1, 2], ".*photo 7: cannot be read.*", (1, 2)),
+                ("one killed", [1, -signal.SIGKILL], ".*lost another process.*", (1, 2)),
+                ("full disk", [2, 1], ".*last.pt: could not be written: .*File too large", (1, 4)),
+                ("not finite", [2, 2], r".*the loss is nan in epoch 1 with refs (\d+, ){7}\d+; .*"
+                                       r"last.pt, if saved, is from before; try a lower --lr.*",
+                 (1, 4))):
+            world = len(statuses)
+            found, lines = self.run_out(trick, trick, world, "--workers", 2 - world)
+            self.assertEqual(found, statuses, (trick, lines))
+            self.assertRegex("\n".join(lines), rf"\A{said}\Z")
+            progress = model.read_checkpoint(self.root / trick / "last.pt")["progress"]
+            self.assertEqual((progress["epoch"], progress["step"]), place, trick)
+        for out, world in (("terminate", 1), ("terminate one", 2), ("not finite", 2)):
+            self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
+            self.same_as_whole(out, world)
 
     def test_restarted_by_torchrun(self):
-        script = self.root / "restarted.py"
-        script.write_text(textwrap.dedent(f"""
-            import os, sys
-            sys.path[:0] = [{str(HERE)!r}]
-            import test_all, evaluate, train
+        code = textwrap.dedent("""
+            import os, test_all, evaluate, train
             if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                test_all.TRICKS["rank 1"](int(os.environ["RANK"]))
+                test_all.play("one killed", int(os.environ["RANK"]))
             evaluate.run(train.main)
-        """))
+        """)
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--max-restarts=1", script, *map(str, self.command), "--out", self.root / "again"],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+             "--max-restarts=1", "--no-python", sys.executable, "-c", code,
+             *map(str, self.command), "--out", self.root / "again"], cwd=HERE, timeout=120,
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stderr.count("lost another process"), 1)
         self.same_as_whole("again", 2)
@@ -2472,11 +2198,6 @@ class Runs(unittest.TestCase):
         # A linear layer of the vision tower alone: 67 tokens, 96 to 384 channels, four blocks.
         self.assertGreater(found["forward_gflop_per_image"], 4 * 2e-9 * 67 * 96 * 384)
         self.assertLess(found["forward_gflop_per_image"], found["step_gflop_per_image"] / 2)
-        for name in ("forward", "step"):
-            rate = found[f"{name}_images_per_s"]
-            self.assertAlmostEqual(found[f"{name}_seconds_per_image"] * rate, 1)
-            self.assertAlmostEqual(found[f"{name}_gflop_per_image"] * rate,
-                                   found[f"{name}_gflops"])
         for name, value in found.items():
             self.assertIn(f"| {name} | {f'{value:.4g}' if type(value) is float else value} |", out)
         self.assertGreater(found["loader_images_per_s"], 30)
@@ -2486,90 +2207,93 @@ class Runs(unittest.TestCase):
         self.assertIn("out of memory; try a smaller --batch-size", err)
 
 
-def begin(place, arguments, trick=None, world=1, module="train"):
-    """A program in `world` processes of one thread that can be killed; what they print is in
-    PLACE/RANK.txt. `trick`, one of TRICKS, is played in each before it begins.
+def lines_of(printed):
+    """The lines that programs printed, without progress."""
+    return [line for line in printed.replace("\r", "\n").splitlines()
+            if line.strip() and not re.match(r"epoch|.*\d+%\|", line)]
 
-    They are forked from a server that has loaded PyTorch already.
+
+def refused(test, module, arguments, message):
+    """That a program prints one line, an error, and ends with status 2."""
+    status, out, err = program(module, *arguments)
+    with test.subTest(arguments=arguments):
+        test.assertEqual((status, out, len(lines_of(err))), (2, "", 1), err)
+        test.assertRegex(lines_of(err)[0], message)
+
+
+def launch(arguments, trick=None, world=1, module="train", kill_after=None):
+    """Runs a program in `world` processes of one thread: their exit statuses and printed lines.
+
+    They are forked from a server that has loaded PyTorch already. `trick`: a key of TRICKS.
+    `kill_after`: seconds until all are killed. The status of a process that hangs is None.
     """
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "torch._dynamo"])     # which optimizers import
-    children = []
-    for rank in range(world):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": store.port,
-                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True,
-                 } if world > 1 else {}
-        child = server.Process(target=child_main, args=(
-            module, [*map(str, arguments)], Path(place) / f"{rank}.txt", group, trick, os.getcwd()))
-        child.start()
-        child.store = store                     # it lives as long as they, as torchrun's does
-        children.append(child)
-    return children
+    # The store lives as long as the processes, as torchrun's does.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as place:
+        outputs = [Path(place, f"{rank}.txt") for rank in range(world)]
+        children = [server.Process(target=child_main, args=(
+            module, [*map(str, arguments)], output, trick,
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}))
+                    for rank, output in enumerate(outputs)]
+        for child in children:
+            child.start()
+        if kill_after:
+            time.sleep(kill_after)
+            for child in children:
+                child.kill()
+        for child in children:
+            child.join(60)
+        statuses = [child.exitcode for child in children]
+        for child in children:
+            child.kill()
+        return statuses, lines_of("".join(output.read_text() for output in outputs))
 
 
-def child_main(module, arguments, output, group, trick, place):
+def child_main(module, arguments, output, trick, environment):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.chdir(place)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)        # of a loader, as in a real run
     evaluate.tqdm.set_lock(threading.RLock())       # the usual one outlives a killed process
-    os.environ.update({name: str(value) for name, value in group.items()})
-    module = sys.modules[module]
-    sys.argv = [module.__file__, *arguments]
     # What a run draws for itself is smaller here.
     draw = data.draw_shapes
-    data.draw_shapes = lambda place, **more: draw(place, Runs.SCENES, **more)
+    data.draw_shapes = lambda place, name: draw(place, Runs.SCENES, name=name)
     if trick:
-        TRICKS[trick](int(group.get("RANK", 0)))
+        play(trick, environment["RANK"])
+    module = sys.modules[module]
+    sys.argv = [module.__file__, *arguments]
     evaluate.run(module.main)
 
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def after(owner, name, action, when=1):
-    """Lets a function do its work, and `action` after it was called so often (or as `when` says of
-    its arguments)."""
-    function, count = getattr(owner, name), itertools.count(1)
+def play(trick, rank):
+    """Lets a function do its work, and something happen after one of its calls."""
+    ranks, owner, name, call, action, *arguments = TRICKS[trick]
+    function, calls = getattr(owner, name), itertools.count(1)
 
     def watched(*args, **kwargs):
         result = function(*args, **kwargs)
-        if when(*args) if callable(when) else next(count) == when:
-            action()
+        if next(calls) == call:
+            action(*arguments)
         return result
-    setattr(owner, name, watched)
+    if rank in ranks:
+        setattr(owner, name, watched)
 
 
-def after_step(number, action):
-    after(train.Trainer, "step", action, number)
+def send(*signals):
+    for number in signals:
+        signal.raise_signal(number)
 
 
-def die_within_saving(rank):
-    """After half of the checkpoint's bytes, the third time."""
-    whole, count = torch.save, itertools.count(1)
-
-    def half(checkpoint, file, **more):
-        if not isinstance(checkpoint, dict) or next(count) < 3:
-            return whole(checkpoint, file, **more)
-        buffer = io.BytesIO()
-        whole(checkpoint, buffer)
-        file.write(buffer.getvalue()[:len(buffer.getvalue()) // 2])
-        file.flush()
-        die()
-    torch.save = half
-
-
-def tell_self(*numbers):
-    for number in numbers:
-        os.kill(os.getpid(), number)
-
-
-def broken_photo():
-    raise data.DataError("photo 7 is broken")
+def die_in_next_write():
+    """At 100 kB of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)       # Python ignores it, and the write fails
 
 
 def in_double():
@@ -2578,55 +2302,45 @@ def in_double():
     data.normalise = lambda images: normalise(images).double()
 
 
-def spoil(step):
-    """Makes the loss of a step not a number."""
-    loss_of, count = loss.text_to_pixel_loss, itertools.count(1)
-    loss.text_to_pixel_loss = lambda *args: loss_of(*args) * (
-        math.nan if next(count) == step else 1)
-
-
+ALL, SECOND = (0, 1), (1,)
+STEP = train.Trainer, "step"
+# In which processes, after which call of which function, what happens.
 TRICKS = {
-    "drawing": lambda rank: after(Image.Image, "save", die, 20),
-    "first step": lambda rank: after_step(1, die),
-    "saving": die_within_saving,
-    "last step": lambda rank: after(
-        train.Trainer, "step", die, lambda trainer, *_: trainer.progress.step == 6),
-    "validating": lambda rank: after(evaluate, "probabilities", die, 2),
-    "validated": lambda rank: after(evaluate, "metrics", die),
-    "best saved": lambda rank: after(
-        model, "save", die, lambda path, *_: path.name == "best.pt"),
-    "rank 1": lambda rank: rank == 1 and after_step(3, die),
-    "terminate": lambda rank: after_step(3, lambda: tell_self(signal.SIGTERM)),
-    "interrupt": lambda rank: after_step(3, lambda: tell_self(signal.SIGINT)),
-    "terminate at last": lambda rank: after_step(6, lambda: tell_self(signal.SIGTERM)),
-    "terminate one": lambda rank: rank == 1 and after_step(3, lambda: tell_self(signal.SIGTERM)),
-    "terminate twice": lambda rank: after_step(
-        3, lambda: tell_self(signal.SIGTERM, signal.SIGTERM)),
-    "fail at one": lambda rank: rank == 1 and after_step(3, broken_photo),
-    "full disk": lambda rank: after_step(5, lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, 100_000))),
-    "slow": lambda rank: after(train.Trainer, "step", lambda: time.sleep(0.1), lambda *_: True),
-    "double": lambda rank: in_double(),
-    "not finite": lambda rank: spoil(6),
+    "drawing": (ALL, Image.Image, "save", 20, send, signal.SIGKILL),
+    "first step": (ALL, *STEP, 1, send, signal.SIGKILL),
+    "saving": (ALL, *STEP, 5, die_in_next_write),
+    "last step": (ALL, *STEP, 2, send, signal.SIGKILL),         # of an epoch saved after step 4
+    "validating": (ALL, evaluate, "probabilities", 2, send, signal.SIGKILL),
+    "validated": (ALL, evaluate, "metrics", 1, send, signal.SIGKILL),
+    "best saved": (ALL, model, "save", 1, send, signal.SIGKILL),        # after the last step
+    "one killed": (SECOND, *STEP, 3, send, signal.SIGKILL),
+    "terminate": (ALL, *STEP, 3, send, signal.SIGTERM),
+    "interrupt": (ALL, *STEP, 3, send, signal.SIGINT),
+    "terminate at last": (ALL, *STEP, 6, send, signal.SIGTERM),
+    "terminate one": (SECOND, *STEP, 3, send, signal.SIGTERM),
+    "terminate twice": (ALL, *STEP, 3, send, signal.SIGTERM, signal.SIGTERM),
+    "fail at one": (SECOND, *STEP, 3, data.read_photo, "photo 7"),
+    "full disk": (ALL, *STEP, 5, resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    "not finite": (ALL, *STEP, 5, setattr, loss, "text_to_pixel_loss",
+                   lambda logits, masks: logits.sum() * math.nan),
+    "double": (ALL, train, "parse_arguments", 1, in_double),
 }
 
 
 class TimedResult(unittest.TextTestResult):
     """Prints the ten slowest tests at the end."""
-    seconds = {}
-
-    def startTest(self, test):
-        self.seconds[test] = time.monotonic()
-        super().startTest(test)
+    times, last = [], time.monotonic()
 
     def stopTest(self, test):
-        self.seconds[test] = time.monotonic() - self.seconds[test]
         super().stopTest(test)
+        now = time.monotonic()
+        self.times.append((now - self.last, test.id()))
+        self.last = now
 
     def printErrors(self):
         super().printErrors()
-        for test in sorted(self.seconds, key=self.seconds.get)[:-11:-1]:
-            self.stream.writeln(f"{self.seconds[test]:6.1f} s  {test.id()}")
+        for seconds, name in sorted(self.times)[:-11:-1]:
+            self.stream.writeln(f"{seconds:6.1f} s  {name}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Progress:
 class Trainer:
     """A model, its optimizer and its progress."""
 
-    def __init__(self, net, lr, batches, device, dtype, path=None, metadata=None):
+    def __init__(self, net, lr, batches, device, dtype, compiled=False, path=None, metadata=None):
         self.net, self.batches, self.device, self.dtype = net, batches, device, dtype
         self.seed, self.rank, self.world = batches.seed, batches.rank, batches.world
         self.path, self.metadata = path, metadata       # of last.pt
@@ -79,7 +79,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(learned, lr=lr, fused=True)
         # Small gradients vanish in float16: it scales the loss, and skips steps that overflow.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self.parallel = distribute(net, self.world, device)
+        # The compiled module shares its parameters with `net`, which keeps their names.
+        self.parallel = distribute(torch.compile(net) if compiled else net, self.world, device)
         self.progress = Progress()
         self.unread = []        # loss, number of skipped refs, and refs of steps since `read`
 
@@ -192,7 +193,8 @@ def train(args, config, init, rank, world, device):
                             args.seed)
     run = {"preset": args.preset, "dataset": args.dataset, "refs": len(train_set),
            "keep_leaks": args.keep_leaks, "skip_broken": args.skip_broken, "seed": args.seed,
-           "precision": str(dtype or torch.float32), "init": init and model.sha256(init[0]),
+           "precision": str(dtype or torch.float32), "compile": args.compile,
+           "init": init and model.sha256(init[0]),
            "vocabulary": hashlib.sha256(tokenizer.text.encode()).hexdigest()}
     vocabulary = {} if config.text in model.PUBLISHED else {"text": tokenizer.text}
     metadata = {"run": run, "vocabulary": vocabulary}
@@ -202,7 +204,8 @@ def train(args, config, init, rank, world, device):
         net = model.load(last, args.vision_weights, args.text_weights, checkpoint)
     else:
         net = build_net(args, config, init)
-    trainer = Trainer(net.to(device), config.lr, batches, device, dtype, last, metadata)
+    trainer = Trainer(net.to(device), config.lr, batches, device, dtype, args.compile, last,
+                      metadata)
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint                  # frees the second copy of weights and optimizer
@@ -453,6 +456,8 @@ def parse_arguments():
                                        "and freeze the towers (but for shapes-full)")
     add("--random-towers", action="store_true",
         help="towers without their weights, e.g. to try out a machine")
+    add("--compile", action="store_true",
+        help="compile the model (minutes) before the first step; on GPUs steps are then faster")
     add("--bench", action="store_true", help="time forward pass, step and loader; train nothing")
     add("--rounds", type=int, default=5, metavar="N", help="of the benchmark")
     add("--json", metavar="OUT.json", help="also write its figures here")
@@ -523,7 +528,8 @@ def bench(args, config, init, rank, world, device):
     dtype = evaluate.precision_type(args.precision, device)
     torch.manual_seed(args.seed)
     batches = GlobalBatches(config.batch_size, config.batch_size, args.micro_batch, rank, world, args.seed)
-    trainer = Trainer(model.build(config).to(device), config.lr, batches, device, dtype)
+    trainer = Trainer(model.build(config).to(device), config.lr, batches, device, dtype,
+                      args.compile)
     batch = random_batch(config, batches.micro, device)
     # CPUs without AVX-512 multiply large matrices of half precision in minutes.
     slow = device.type == "cpu" and dtype and torch.backends.cpu.get_cpu_capability() != "AVX512"
@@ -533,7 +539,7 @@ def bench(args, config, init, rank, world, device):
     def forward():
         trainer.net.eval()
         with torch.no_grad(), evaluate.autocast(device, dtype):
-            trainer.net(data.normalise(batch["image"]), batch["tokens"])
+            trainer.parallel(data.normalise(batch["image"]), batch["tokens"])
 
     def step():
         trainer.net.train()
@@ -546,11 +552,13 @@ def bench(args, config, init, rank, world, device):
     gflop, seconds = {"product": 2e-9 * side**3}, {name: [] for name in work}
     forward(), step(), step()           # the first step makes Adam's moments
     memory = peak_memory_gb(device)
+    warnings.filterwarnings("ignore", "Using `torch.compile")       # about the counter's hooks
     # The counter knows neither oneDNN's linear layer nor fused attention on CPUs.
     counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
     for name in ("forward", "step"):
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with plain, FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        with plain, torch.compiler.set_stance("force_eager"), FlopCounterMode(
+                display=False, custom_mapping=counts) as counter:
             work[name]()
         gflop[name] = counter.get_total_flops() / 1e9
     for _ in tqdm(range(args.rounds + 1), "timing", unit="round", leave=False, disable=rank > 0):
@@ -566,7 +574,7 @@ def bench(args, config, init, rank, world, device):
              "processes": world, "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "peak_memory_gb": memory, "product_side": side, "product_gflops": speed["product"]}
+             "compiled": args.compile, "peak_memory_gb": memory, "product_side": side, "product_gflops": speed["product"]}
     for name, samples in (("forward", batches.micro), ("step", batches.local)):
         rate = speed[name] / gflop[name] * samples * world
         found |= {f"{name}_images_per_s": rate, f"{name}_seconds_per_image": 1 / rate,
