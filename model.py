@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -105,7 +105,7 @@ class DCRIS(nn.Module):
             str(i): DenseCrossAdapter(vision.shape.width, config.visual_adapter_rank,
                                       text.shape.width, config.dropout)
             for i in config.visual_adapter_layers})
-        self.head = make_head(config, text, 3 * [vision.shape.width], residual=True)
+        self.head = make_head(config, vision, text, residual=True)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
@@ -130,25 +130,25 @@ class DCRIS(nn.Module):
         return feature_maps(self.vision, images, self.config.features, attached)
 
 
-def make_head(config, text, widths, residual):
-    """The head for maps of these three widths. Only DCRIS's neck has a residual."""
+def make_head(config, vision, text, residual):
+    """The head. Its last map is in CLIP's space if the vision tower has one."""
+    widths = [vision.shape.width, vision.shape.width, vision.projected_width]
     return Head(widths, text.shape.width, text.shape.embed, config.head_width, config.head_heads,
                 config.head_layers, config.dropout, residual)
 
 
 def feature_maps(vision, images, wanted, attached):
-    """Images to the maps (B, D, S/P, S/P) after the blocks `wanted` and after the final norm.
+    """Images to the maps (B, D, S/P, S/P) after the blocks `wanted` and at the tower's end.
 
     `attached`: number of a block -> what a tuning method attaches to it.
     """
     grid = vision.grid(images)
-    x, rotary = vision.embed(images), vision.rotary_tables(grid)
-    maps = []
+    x, rotary, maps = vision.embed(images), vision.rotary_tables(grid), []
     for i, block in enumerate(vision.blocks):
         x = block(x, attached.get(i, Attached()), rotary)
         if i in wanted:
             maps.append(vision.as_map(x, grid))
-    return [*maps, vision.as_map(vision.norm(x), grid)]
+    return [*maps, vision.as_map(vision.projection(vision.norm(x)), grid)]
 
 
 class BarLeRIa(nn.Module):
@@ -173,41 +173,40 @@ class BarLeRIa(nn.Module):
             queries=config.global_queries, rank=config.intertwined_rank,
             patch=config.global_patch, side=config.image_size // config.global_patch,
         ) if config.global_blocks else None
-        self.head = make_head(config, text, [visual_width, visual_width, vision.projected_width],
-                              residual=False)
+        self.head = make_head(config, vision, text, residual=False)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, padding = self.vision.grid(images), after_end(tokens)
         after_block, words, sentence = self.local_branch(images, tokens, grid)
-        projected = self.vision.projection(self.vision.norm(after_block[-1]))     # F_v, (B, N, E)
+        projected = self.vision.projection(self.vision.norm(after_block[-1]))   # F_v, (B, N, E)
         features = [self.vision.as_map(x, grid)
                     for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
         if self.global_branch is not None:
             prefix = self.vision.prefix
             prior = global_prior(words @ self.text.projection, projected[:, prefix:], padding)
-            step = len(after_block) // self.config.global_blocks    # 3: after blocks 2, 5, 8, 11
-            stages = [x[:, prefix:] for x in after_block[step - 1::step]]
+            depth, parts = len(after_block), self.config.global_blocks
+            stages = [after_block[depth * (i + 1) // parts - 1][:, prefix:]     # 2, 5, 8, 11 of 12
+                      for i in range(parts)]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
         return self.head(features, words, sentence, padding, shortcut)          # Eq. 9
 
     def local_branch(self, images, tokens, grid):
         """BarLeRIa Eq. 2-3: both towers block by block, with visiting tokens.
 
-        Returns the vision tower's tokens (B, N, D) after every block, words and sentence. A vision
-        tower r times as deep as the text tower runs r blocks per text block. All r receive the
-        same words; the text block receives the class token from before the first of them.
+        Returns the vision tower's tokens (B, N, D) after every block, words and sentence. A deeper
+        vision tower runs several blocks per text block. All of them receive the same words; the
+        text block receives the class token from before the first of them.
         """
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        rotary = self.vision.rotary_tables(grid)
-        ratio = len(self.vision.blocks) // len(self.text.blocks)
-        after_block = []
+        rotary, after_block = self.vision.rotary_tables(grid), []
+        depth, text_depth = len(self.vision.blocks), len(self.text.blocks)
         for i, text_block in enumerate(self.text.blocks):
             visiting_words, visiting_class = x[:, :0], words[:, :0]     # no visitors
             if self.intertwiner is not None:
                 visiting_words, visiting_class = self.intertwiner(words, x[:, :1])
-            for j in range(ratio * i, ratio * (i + 1)):
+            for j in range(depth * i // text_depth, depth * (i + 1) // text_depth):
                 x = with_visitors(self.vision.blocks[j], x, visiting_words, self.vision.prefix,
                                   self.visual_flows[j], rotary)
                 after_block.append(x)
@@ -250,24 +249,23 @@ class ETRIS(nn.Module):
             Bridge(visual_width, text_width, config.bridge_width, config.bridge_heads,
                    first_stage=i == 0, last_stage=i == config.bridges - 1)
             for i in range(config.bridges))
-        self.head = make_head(config, text, [visual_width, visual_width, vision.projected_width],
-                              residual=False)
+        self.head = make_head(config, vision, text, residual=False)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, prefix = self.vision.grid(images), self.vision.prefix
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        rotary, reduced, after_block = self.vision.rotary_tables(grid), None, []
-        visual_step, text_step = (len(tower.blocks) // len(self.bridges)
-                                  for tower in (self.vision, self.text))
+        rotary, reduced, after_block = self.vision.rotary_tables(grid), None, {}
+        depth, text_depth, parts = (
+            len(modules) for modules in (self.vision.blocks, self.text.blocks, self.bridges))
         for i, bridge in enumerate(self.bridges):
-            for j in range(visual_step * i, visual_step * (i + 1)):
+            for j in range(depth * i // parts, depth * (i + 1) // parts):
                 x = self.vision.blocks[j](x, Attached(*self.visual_flows[j]), rotary)
-                after_block.append(x)
-            for block in self.text.blocks[text_step * i:text_step * (i + 1)]:
+                after_block[j] = x
+            for block in self.text.blocks[text_depth * i // parts:text_depth * (i + 1) // parts]:
                 words = block(words)
             patches, words, reduced = bridge(x[:, prefix:], words, reduced)
-            after_block[-1] = x = torch.cat([x[:, :prefix], patches], dim=1)
+            after_block[j] = x = torch.cat([x[:, :prefix], patches], dim=1)
         words, sentence = self.text.final(words, tokens)
         features = [self.vision.as_map(x, grid) for x in (
             *(after_block[i] for i in self.config.features),
@@ -288,40 +286,29 @@ class UniModal(nn.Module):
         super().__init__()
         self.config, self.vision, self.text = config, vision, text
         rank = config.tuner_rank
+        blocks = [(block, tower.shape.width) for tower in (vision, text) for block in tower.blocks]
         if config.method == "houlsby":
-            behind_mlps(vision, text, lambda width: BottleneckAdapter(width, rank, scale=1))
+            for block, width in blocks:
+                block.mlp = nn.Sequential(block.mlp, BottleneckAdapter(width, rank, scale=1))
         elif config.method == "compacter":
             self.factors = nn.Parameter(torch.randn(4, 4, 4) / 2)
-            behind_mlps(vision, text, lambda width: CompacterAdapter(width, rank, self.factors))
+            for block, width in blocks:
+                block.mlp = nn.Sequential(block.mlp, CompacterAdapter(width, rank, self.factors))
         elif config.method == "lora":
-            for block in vision.blocks:
-                wrap_linears(block, lambda layer: LoRA(layer, rank))
+            for part in (part for block in vision.blocks for part in (block.attention, block.mlp)):
+                for name, layer in list(part.named_children()):
+                    if isinstance(layer, nn.Linear):
+                        setattr(part, name, LoRA(layer, rank))
             for block in text.blocks:
-                wrap_linears(block.attention, lambda layer: LoRA(
-                    layer, rank, parts=layer.out_features // layer.in_features))
-        self.head = make_head(config, text, 3 * [vision.shape.width], residual=True)
+                block.attention.qkv = LoRA(block.attention.qkv, rank, parts=3)
+                block.attention.out = LoRA(block.attention.out, rank)
+        self.head = make_head(config, vision, text, residual=True)
 
     def forward(self, images, tokens):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         words, sentence = self.text(tokens)
         features = feature_maps(self.vision, images, self.config.features, {})
         return self.head(features, words, sentence, after_end(tokens))
-
-
-def behind_mlps(vision, text, make):
-    """Adds make(width) after the MLP of every block of both towers."""
-    for tower in (vision, text):
-        for block in tower.blocks:
-            block.mlp = nn.Sequential(block.mlp, make(tower.shape.width))
-
-
-def wrap_linears(module, wrap):
-    """Replaces every linear layer in a module by wrap(layer)."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
-            setattr(module, name, wrap(child))
-        else:
-            wrap_linears(child, wrap)
 
 
 # ---- Presets --------------------------------------------------------------------------------
@@ -366,28 +353,20 @@ PRESETS = {
     "etris": ETRIS_B,
     "etris-dino": replace(ETRIS_B, vision="dinov2-b", image_size=448),
     "snf-etris": replace(ETRIS_B, visual_flows=True),
-    "full": replace(DCRIS_B, method="full"),
-    "fixed": replace(DCRIS_B, method="fixed"),
-    "houlsby": replace(DCRIS_B, method="houlsby"),
+    **{method: replace(DCRIS_B, method=method) for method in ("full", "fixed", "houlsby")},
     "compacter": replace(DCRIS_B, method="compacter", tuner_rank=208),
     "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
 }
 # All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
 # 0.09 to 0.10 million parameters; flows alone, and visiting tokens, have fewer.
 PRESETS |= {
-    f"shapes-{name}": replace(PRESETS[preset], **sizes,
+    f"shapes-{name}": replace(PRESETS["shapes" if name == "dcris" else name], **sizes,
                               **{**DRAWN, "vision": "small", "train_towers": False})
-    for name, preset, sizes in (
-        ("full", "full", {}),
-        ("fixed", "fixed", {}),
-        ("houlsby", "houlsby", {"tuner_rank": 80}),
-        ("compacter", "compacter", {"tuner_rank": 304}),
-        ("lora", "lora", {"tuner_rank": 12}),
-        ("dcris", "shapes", {}),
-        ("etris", "etris", {"bridges": 2, "bridge_width": 56}),
-        ("snf", "snf", {}),
-        ("snf-etris", "snf-etris", {"bridges": 2, "bridge_width": 56}),
-        ("barleria-local", "barleria-local", {"intertwined_rank": 16}))}
+    for name, sizes in {
+        "full": {}, "fixed": {}, "houlsby": {"tuner_rank": 80}, "compacter": {"tuner_rank": 304},
+        "lora": {"tuner_rank": 12}, "dcris": {}, "etris": {"bridges": 2, "bridge_width": 56},
+        "snf": {}, "snf-etris": {"bridges": 2, "bridge_width": 56},
+        "barleria-local": {"intertwined_rank": 16}}.items()}
 # Millions of tuned parameters as the papers print them (DCRIS Table 2, BarLeRIa Table 4).
 PAPER = {"full": 149.97, "fixed": 0.00, "houlsby": 1.98, "compacter": 1.62, "lora": 1.57,
          "dcris-b": 2.69, "etris": 1.39, "snf": 0.18, "snf-etris": 1.57, "barleria-local": 0.39,
@@ -396,17 +375,13 @@ PAPER = {"full": 149.97, "fixed": 0.00, "houlsby": 1.98, "compacter": 1.62, "lor
 
 # ---- Building -------------------------------------------------------------------------------
 
-# Method -> its class, and those fields of Config that it uses but some other method does not.
+# Method -> its class, and how the fields begin that it reads but some other method does not.
 METHODS = {
-    "dcris": (DCRIS, {
-        "visual_adapter_layers", "visual_adapter_rank", "text_adapter_layers", "text_adapter_rank",
-        "text_convolutions", "legacy_position_resize"}),
-    "barleria": (BarLeRIa, {
-        "visual_flows", "text_flows", "flow_steps", "intertwined", "intertwined_rank",
-        "global_blocks", "global_width", "global_heads", "global_queries", "global_patch"}),
-    "etris": (ETRIS, {"bridges", "bridge_width", "bridge_heads", "visual_flows", "flow_steps"}),
-    **dict.fromkeys(("full", "fixed"), (UniModal, set())),
-    **dict.fromkeys(("houlsby", "compacter", "lora"), (UniModal, {"tuner_rank"})),
+    "dcris": (DCRIS, ("visual_adapter", "text_adapter", "text_convolutions", "legacy_position")),
+    "barleria": (BarLeRIa, ("visual_flows", "text_flows", "flow_steps", "intertwined", "global")),
+    "etris": (ETRIS, ("visual_flows", "flow_steps", "bridge")),
+    **dict.fromkeys(("full", "fixed"), (UniModal, ())),
+    **dict.fromkeys(("houlsby", "compacter", "lora"), (UniModal, ("tuner_rank",))),
 }
 
 
@@ -416,9 +391,9 @@ def configure(preset, **overrides):
     Raises ConfigError.
     """
     config = PRESETS.get(preset) if isinstance(preset, str) else preset
-    require(config is not None, f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    unknown = sorted(overrides.keys() - {field.name for field in fields(Config)})
-    require(not unknown, f"a configuration has no field {', '.join(unknown)}")
+    require(config, f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    for field in overrides:
+        require(hasattr(config, field), f"a configuration has no field {field}")
     config = replace(config, **{field: tuple(value) if isinstance(value, list) else value
                                 for field, value in overrides.items()})
     check(config)
@@ -432,67 +407,44 @@ def require(condition, message):
 
 def check(config):
     """Raises ConfigError, which names the field, if no model can have this configuration."""
-    for field in fields(Config):
-        value, default = getattr(config, field.name), field.default
-        entries = value if type(value) is tuple else ()
-        require(type(value) is type(default) and all(type(i) is int for i in entries),
-                f"{field.name} is {value!r}; it must be of the kind of {default!r}")
-        if type(value) in (int, float) and field.name not in ("dropout", "global_blocks"):
-            require(value > 0, f"{field.name} is {value}; it must be above 0")
-    for field, table in (("method", METHODS), ("vision", VISION), ("text", TEXT)):
-        require(getattr(config, field) in table,
-                f"{field} {getattr(config, field)!r} is unknown; there are {', '.join(table)}")
-    vision, text = VISION[config.vision], TEXT[config.text]
-    method, own_fields = METHODS[config.method]
-    for field in sorted(set().union(*(names for _, names in METHODS.values())) - own_fields):
-        require(getattr(config, field) == getattr(Config, field),
-                f"{field} plays no part in method {config.method}; take a preset of another method")
+    for field, names in (("method", METHODS), ("vision", VISION), ("text", TEXT)):
+        require(getattr(config, field) in names,
+                f"{field} {getattr(config, field)!r} is unknown; there are {', '.join(names)}")
+    vision, text, (method, own) = VISION[config.vision], TEXT[config.text], METHODS[config.method]
+    others = tuple(start for _, starts in METHODS.values() for start in starts)
+    for field, value in asdict(config).items():
+        if field.startswith(others) and not field.startswith(own):
+            require(value == getattr(Config, field), f"{field} plays no part in method "
+                    f"{config.method}; take a preset of another method")
+        if type(value) in (int, float):
+            zero = value == 0 and field in ("dropout", "global_blocks")
+            require(value > 0 or zero, f"{field} is {value}; it must be above 0")
     require(3 <= config.length <= text.positions,
             f"length {config.length}: {config.text} reads 3 to {text.positions} tokens")
+    require(config.dropout < 1, f"dropout {config.dropout} is not below 1")
     require(len(config.features) == 2, f"features {config.features}: name two blocks")
-    require(0 <= config.dropout < 1, f"dropout {config.dropout} is not in [0, 1)")
-    require(config.global_blocks >= 0, f"global_blocks {config.global_blocks} is negative")
-    require(method in (BarLeRIa, ETRIS) or not (vision.embed and config.towers_learn),
-            f"method {config.method} does not use the projection of {config.vision}, so it cannot "
-            f"learn; take a DINOv2 tower")
     require(method is not BarLeRIa or (vision.embed or vision.width) == text.embed
             and (config.text not in PUBLISHED or config.vision == config.text),
             f"vision {config.vision} and text {config.text} are not the two towers of one CLIP")
-    layers = [("features", vision.depth)]
+    layers = {"features": vision.depth}
     if method is DCRIS:
-        layers += [("visual_adapter_layers", vision.depth), ("text_adapter_layers", text.depth)]
-    for field, depth in layers:
+        layers |= {"visual_adapter_layers": vision.depth, "text_adapter_layers": text.depth}
+    for field, depth in layers.items():
         blocks = getattr(config, field)
-        require(blocks == tuple(i for i in range(depth) if i in blocks),
-                f"{field} {blocks}: the tower has {depth} blocks, 0 to {depth - 1}; name each "
-                f"block once, in order")
-
-    def multiple(field, of):
+        require(blocks == tuple(i for i in range(depth) if i in blocks), f"{field} {blocks}: the "
+                f"tower has {depth} blocks, 0 to {depth - 1}; name each block once, in order")
+    for field in ("bridges", "global_blocks"):      # parts into which the tower is cut
+        require(not field.startswith(own) or getattr(config, field) <= vision.depth,
+                f"{field} {getattr(config, field)}: {config.vision} has {vision.depth} blocks")
+    for field, divisor in (
+            ("image_size", vision.patch), ("head_width", 4), ("head_width", config.head_heads),
+            ("visual_adapter_rank", 16),
+            ("text_adapter_rank", 16 if config.text_convolutions else 1),
+            ("global_width", config.global_heads), ("bridge_width", config.bridge_heads),
+            ("tuner_rank", 4 if config.method == "compacter" else 1)):
         value = getattr(config, field)
-        require(value % of == 0, f"{field} {value} is no multiple of {of}")
-
-    near = max(1, round(config.image_size / vision.patch)) * vision.patch
-    require(config.image_size % vision.patch == 0,
-            f"image_size {config.image_size} is no multiple of {vision.patch}, the patch of "
-            f"{config.vision}; {near} is")
-    multiple("head_width", of=4)                    # the decoder's positions
-    multiple("head_width", of=config.head_heads)
-    if method is DCRIS:                             # the convolutions' widths are 1/16 of a rank
-        multiple("visual_adapter_rank", of=16)
-        multiple("text_adapter_rank", of=16 if config.text_convolutions else 1)
-    elif method is BarLeRIa:
-        multiple("global_width", of=config.global_heads)
-        for part, blocks in (("text", text.depth), ("global_blocks", config.global_blocks or 1)):
-            require(vision.depth % blocks == 0,
-                    f"{part} {getattr(config, part)}: the {vision.depth} blocks of {config.vision} "
-                    f"are no multiple of {blocks}")
-    elif method is ETRIS:
-        multiple("bridge_width", of=config.bridge_heads)
-        require(vision.depth % config.bridges == text.depth % config.bridges == 0,
-                f"bridges {config.bridges}: the towers of {vision.depth} and {text.depth} blocks "
-                f"cannot be cut into as many parts")
-    elif config.method == "compacter":
-        multiple("tuner_rank", of=4)                # Kronecker factors
+        require(value % divisor == 0, f"{field} {value} is no multiple of {divisor}; "
+                                      f"{max(1, round(value / divisor)) * divisor} is")
 
 
 def build(preset, vision_weights=None, text_weights=None, init=None, **overrides):
@@ -553,26 +505,18 @@ def clip_positions(model):
             if tower.shape.family not in ("dinov2", "eva")]
 
 
-def find_weights(config, vision_weights=None, text_weights=None):
-    """The paths of both towers' files: those given, else the published names in `pretrained/`.
-
-    None for a tower without published weights (the drawn data's). Raises FileNotFoundError.
-    """
-    return [find_published(name, path) if name in PUBLISHED else path
-            for name, path in ((config.vision, vision_weights), (config.text, text_weights))]
-
-
 def find_published(name, path=None):
-    """`path`, or the file published under this name in `pretrained/`.
+    """`path`, or the file published under this name in `pretrained/`; None if none is published.
 
     Raises FileNotFoundError, which says where to get the file.
     """
+    if name not in PUBLISHED:               # a tower for drawn data
+        return path
     published = PUBLISHED[name]
     path = Path(path or PRETRAINED / published.file)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; `python backbones.py download {name}` "
-                                f"fetches it; it is published as {published.file} at "
-                                f"{published.address}")
+                                f"fetches {published.file} from {published.address}")
     return path
 
 
@@ -601,53 +545,47 @@ def replacing(path):
     except (OSError, ValueError, RuntimeError) as error:
         # torch.save turns the OSError of a full disk into a RuntimeError.
         cause = error.__context__ or error if isinstance(error, RuntimeError) else error
-        reason = getattr(cause, "strerror", None) or cause
-        raise OSError(f"{path}: could not be written: {reason}") from error
+        raise OSError(f"{path}: could not be written: {cause}") from error
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def save(path, model, **more):
-    """Writes a checkpoint: configuration, the towers' file names and SHA-256, tuned tensors.
+    """Writes a checkpoint: configuration, the towers' files and SHA-256, tuned tensors, `more`.
 
-    It also holds the plain values and tensors in `more`. Raises OSError.
+    `more` may hold tensors in a PyTorch file. A .safetensors file has all but the tuned tensors as
+    JSON in its metadata. Raises OSError.
     """
+    content = {"config": asdict(model.config), "towers": model.sources, "run": {},
+               "vocabulary": {}, **more}
+    tensors = tuned_tensors(model)
     with replacing(path) as file:
-        torch.save({"config": asdict(model.config), "towers": model.sources,
-                    "tensors": tuned_tensors(model), **more}, file)
+        if Path(path).suffix == ".safetensors":
+            import safetensors.torch
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            file.write(safetensors.torch.save(tensors, {"ris": json.dumps(content)}))
+        else:
+            torch.save({**content, "tensors": tensors}, file)
 
 
 def read_checkpoint(path):
-    """The dictionary that `save` or `export` wrote, with a Config in "config".
+    """The dictionary that `save` wrote, with a Config in "config".
 
-    "run" and "vocabulary" are always there. A file of the authors' programs gives {released, run,
-    vocabulary} instead. Raises FileNotFoundError, and WeightsError for any other content.
+    A file of the authors' programs gives {released, run, vocabulary} instead. Raises OSError, and
+    WeightsError for any other content.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    content, metadata = backbones.read_file(path)
     try:
-        checkpoint = {"run": {}, "vocabulary": {}}
+        content, metadata = backbones.read_file(path)
         if metadata is not None:
-            checkpoint |= {**json.loads(metadata["ris"]), "tensors": content}
-        elif "state_dict" in dict(content):
-            return {**checkpoint, "released": {
+            content = {**json.loads(metadata["ris"]), "tensors": content}
+        if "state_dict" in content:
+            return {"run": {}, "vocabulary": {}, "released": {
                 name.removeprefix("module."): tensor
                 for name, tensor in content["state_dict"].items()}}
-        else:
-            checkpoint |= content
-        checkpoint["config"] = configure(Config(), **checkpoint["config"])
-        for part in ("tensors", "run", "vocabulary"):
-            checkpoint[part] = dict(checkpoint[part])
-        checkpoint["towers"] = {
-            kind: source and {"file": source["file"], "sha256": source["sha256"]}
-            for kind, source in (("vision", checkpoint["towers"]["vision"]),
-                                 ("text", checkpoint["towers"]["text"]))}
-    except Exception as error:              # whatever is wrong inside
+        return {**content, "config": configure(Config(), **content["config"])}
+    except (KeyError, TypeError, AttributeError, RuntimeError, ConfigError) as error:
         raise WeightsError(f"{path}: not a checkpoint of this project "
                            f"({type(error).__name__}: {error})") from None
-    return checkpoint
 
 
 def load(path, vision_weights=None, text_weights=None, checkpoint=None):
@@ -672,28 +610,13 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
     return model.eval()
 
 
-def export(checkpoint_path, out):
-    """Writes a checkpoint's tuned tensors, head and configuration, without the optimizer's state.
-
-    OUT.pt is a checkpoint as `save` writes it; OUT.safetensors holds the same tensors, and the rest
-    as JSON in its metadata. `load` reads both. Raises WeightsError, OSError.
-    """
-    if os.path.exists(out) and os.path.samefile(checkpoint_path, out):
+def export(path, out):
+    """Writes a checkpoint without the optimizer's state. Raises WeightsError, OSError."""
+    if os.path.exists(out) and os.path.samefile(path, out):
         raise OSError(f"{out}: is the checkpoint itself; name another file")
-    checkpoint = read_checkpoint(checkpoint_path)
-    model = load(checkpoint_path, checkpoint=checkpoint)
-    metadata = {part: checkpoint[part] for part in ("run", "vocabulary")}
-    if not str(out).endswith(".safetensors"):
-        return save(out, model, **metadata)
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise WeightsError(f"{out}: to write .safetensors files, pip install safetensors; or name "
-                           f"it .pt") from None
-    metadata |= {"config": asdict(model.config), "towers": model.sources}
-    tensors = {name: tensor.contiguous() for name, tensor in tuned_tensors(model).items()}
-    with replacing(out) as file:
-        file.write(safetensors.torch.save(tensors, {"ris": json.dumps(metadata)}))
+    checkpoint = read_checkpoint(path)
+    save(out, load(path, checkpoint=checkpoint),
+         run=checkpoint["run"], vocabulary=checkpoint["vocabulary"])
 
 
 # ---- The table of parameters ----------------------------------------------------------------
@@ -716,24 +639,18 @@ def count(model):
 def main():
     parser = argparse.ArgumentParser(description="The presets and their parameters.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("export", help="write the tuned part of a checkpoint alone")
+    command = parser.add_subparsers(dest="command").add_parser(
+        "export", help="write a checkpoint without the optimizer's state")
     command.add_argument("ckpt", metavar="CKPT")
     command.add_argument("out", metavar="OUT", help="OUT.pt or OUT.safetensors")
     args = parser.parse_args()
     if args.command == "export":
-        if Path(args.out).suffix not in (".pt", ".safetensors"):
-            parser.error("OUT ends in .pt or .safetensors")
-        export(args.ckpt, args.out)
-        return
-    rows = []
-    for preset in PRESETS:
-        with torch.device("meta"):          # shapes only, no memory
-            sizes = count(build(preset))
-        rows.append({"preset": preset, **sizes, "paper_millions": PAPER.get(preset)})
+        return export(args.ckpt, args.out)
+    with torch.device("meta"):              # shapes only, no memory
+        rows = [{"preset": name, **count(build(name)), "paper_millions": PAPER.get(name)}
+                for name in PRESETS]
     if args.json:
-        print(json.dumps(rows, indent=1))
-        return
+        return print(json.dumps(rows, indent=1))
     print("Parameters in millions. Tuned: all that learns, without the head and CLIP's position\n"
           "embeddings. Paper: the printed figure for tuned.\n")
     print("| preset | frozen | tuned | paper | positions | head |\n|---|---:|---:|---:|---:|---:|")
@@ -749,9 +666,8 @@ def main():
 # What a tensor is called here, as a regular expression, and in their files (behind "module.").
 RELEASED_NAMES = [
     (r"^head\.neck\.sentence\.", "neck.txt_proj."),
-    (r"^head\.neck\.maps\.(\d)\.", lambda match: f"neck.f{int(match[1]) + 3}_proj."),
-    (r"^head\.neck\.gates\.(\d)\.",
-     lambda match: f"neck.fusion{int(match[1]) + 3}.multihead_attn."),
+    (r"^head\.neck\.maps\.(\d)\.", lambda m: f"neck.f{int(m[1]) + 3}_proj."),
+    (r"^head\.neck\.gates\.(\d)\.", lambda m: f"neck.fusion{int(m[1]) + 3}.multihead_attn."),
     (r"\.multihead_attn\.out\.", ".multihead_attn.out_proj."),
     (r"^head\.neck\.fuse\.", "neck.aggr."),
     (r"^head\.neck\.coordinates\.0\.", "neck.coordconv.0.conv1."),
@@ -761,8 +677,8 @@ RELEASED_NAMES = [
     (r"\.cross_attention\.", ".multihead_attn."),
     (r"\.cross_attention_norm\.", ".cross_attn_norm."),
     (r"\.feed_forward\.", ".ffn."),
-    (r"^head\.projector\.image\.(\d)\.",       # they have the upsamplings between
-     lambda match: f"proj.vis.{(1, 3, 4)[int(match[1])]}."),
+    # They have the upsamplings between.
+    (r"^head\.projector\.image\.(\d)\.", lambda m: f"proj.vis.{(1, 3, 4)[int(m[1])]}."),
     (r"^head\.projector\.sentence\.", "proj.txt."),
     (r"^dense_cross_adapters\.(\d+)\.", r"dinov2.blocks.\1.adapter."),
     (r"^text_adapters\.(\d+)\.", r"txt_backbone.transformer.resblocks.\1.adapter."),
@@ -772,16 +688,16 @@ RELEASED_NAMES = [
     (r"\.dense\.branch(\d(?:\.\d)?)\.1\.(?=weight|bias|running|num)", r".dense_branch\1.bn."),
     (r"\.cross\.query\.", ".cross.image_proj."),
     (r"\.cross\.words\.", ".cross.text_proj."),
-    (r"\.cross\.attention\.", ".cross.multihead_attn."),
     (r"\.cross\.back\.", ".cross.back_proj."),
+    (r"\.cross\.attention\.", ".cross.multihead_attn."),
     (r"^bridges\.(\d+)\.patches_down\.", r"bridger.zoom_in.\1."),
     (r"^bridges\.(\d+)\.patches_up\.", r"bridger.zoom_out.\1."),
     (r"^bridges\.(\d+)\.words_down\.", r"bridger.linear1.\1."),
     (r"^bridges\.(\d+)\.words_up\.", r"bridger.linear2.\1."),
     (r"^bridges\.(\d+)\.patches_read\.", r"bridger.fusion_v.\1.multihead_attn."),
     (r"^bridges\.(\d+)\.words_read\.", r"bridger.fusion_t.\1.multihead_attn."),
-    (r"^bridges\.(\d+)\.(patches|words)_norm\.", lambda match:
-        f"bridger.ln_{'v' if match[2] == 'patches' else 't'}.{int(match[1]) - 1}."),
+    (r"^bridges\.(\d+)\.patches_norm\.", lambda m: f"bridger.ln_v.{int(m[1]) - 1}."),
+    (r"^bridges\.(\d+)\.words_norm\.", lambda m: f"bridger.ln_t.{int(m[1]) - 1}."),
 ]
 
 
@@ -793,92 +709,68 @@ def load_released(path, state):
     448 pixels for DETRIS. (ETRIS's grid of positions is that of the photo.) Raises WeightsError.
     """
     detris = any(name.startswith("dinov2.") for name in state)
-    vision_prefix, text_prefix = ("dinov2.", "txt_backbone.") if detris else 2 * ("backbone.",)
-    rest = {name: tensor for name, tensor in state.items() if ".adapter." in name
-            or not name.startswith((vision_prefix, text_prefix))}
-    towers = {name: tensor for name, tensor in state.items() if name not in rest}
+    prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
     vision, text = (
-        read(path, state={name.removeprefix(prefix): tensor for name, tensor in towers.items()
-                          if name.startswith(prefix)})
-        for read, prefix in ((backbones.load_vision, vision_prefix),
-                             (backbones.load_text, text_prefix)))
-
-    def rows(pattern):
-        """Number in the name -> rows of the tensor, of all whose names match the pattern."""
-        return {int(match[1]): len(rest[match[0]]) if rest[match[0]].ndim else 0
-                for match in (re.fullmatch(pattern, name) for name in rest) if match}
-
-    config = DETRIS_B if detris else ETRIS_B
-    found = {"vision": shape_name(path, VISION, vision.shape),
-             "text": shape_name(path, TEXT, text.shape),
-             "head_width": rows(r"neck\.aggr\.(0)\.weight").get(0, 0),
-             "head_layers": len(rows(r"decoder\.layers\.(\d+)\.ffn\.0\.weight"))}
-    third = vision.shape.depth // 3
-    if detris:
-        visual, words = (
-            rows(rf"{blocks}\.(\d+)\.adapter\.D_fc1\.weight")
-            for blocks in (r"dinov2\.blocks", r"txt_backbone\.transformer\.resblocks"))
-        found |= {
-            "features": (third, 2 * third),
-            "visual_adapter_layers": tuple(sorted(visual)),
-            "visual_adapter_rank": max(visual.values(), default=config.visual_adapter_rank),
-            "text_adapter_layers": tuple(sorted(words)),
-            "text_adapter_rank": max(words.values(), default=config.text_adapter_rank),
-            "text_convolutions": any(re.match(r"txt_backbone.*\.dense_branch1\.", name)
-                                     for name in rest)}
-    else:
-        bridges = rows(r"bridger\.linear1\.(\d+)\.weight")
-        found |= {"features": (third - 1, 2 * third - 1), "bridges": len(bridges),
-                  "bridge_width": max(bridges.values(), default=0),
-                  "image_size": vision.shape.grid * vision.shape.patch}
+        read(path, state={name.removeprefix(prefix): tensor for name, tensor in state.items()
+                          if name.startswith(prefix) and ".adapter." not in name})
+        for read, prefix in zip((backbones.load_vision, backbones.load_text), prefixes))
+    state = {name: tensor for name, tensor in state.items()
+             if ".adapter." in name or not name.startswith(prefixes)}
     try:
-        config = configure(config, **found)
-    except ConfigError as error:
-        raise WeightsError(f"{path}: no model can be made of it: {error}") from None
+        config = released_config(state, vision.shape, text.shape)
+    except (LookupError, ValueError) as error:
+        raise WeightsError(f"{path}: no model can be made of it: {error!r}") from None
     model = wire(config, vision, text)
-    model.sources = {kind: {"file": PUBLISHED[name].file if name in PUBLISHED else "",
-                            "sha256": None}
-                     for kind, name in (("vision", config.vision), ("text", config.text))}
+    model.sources = dict.fromkeys(("vision", "text"), {"file": Path(path).name, "sha256": None})
     own = {name: tensor for name, tensor in model.state_dict().items()
            if not name.startswith(("vision.", "text."))}
-    backbones.load_tensors(own, in_our_shapes(rest, config.bridges), path, RELEASED_NAMES)
+    # Some 1x1 convolutions are transposed ones, with weights (in, out, 1, 1).
+    last = config.bridges - 1
+    transposed = {"neck.f5_proj.0.weight", f"bridger.zoom_in.{last}.0.weight",
+                  *(f"bridger.zoom_out.{i}.0.weight" for i in range(last))}
+    in_our_shapes = {}
+    for name, tensor in state.items():
+        if name in transposed:
+            tensor = tensor.transpose(0, 1)
+        if name.startswith("bridger.zoom_"):            # two-dimensional there
+            tensor = tensor.squeeze(-1)
+        if name.startswith("neck.") and ".in_proj_" in name:    # only values matter: `head.Gate`
+            name, tensor = name.replace("in_proj_", "value."), tensor.chunk(3)[-1]
+        in_our_shapes[name] = tensor
+    backbones.load_tensors(own, in_our_shapes, path, RELEASED_NAMES)
     return model.eval()
 
 
-def in_our_shapes(state, bridges):
-    """The released tensors in the shapes of our layers, under the authors' names.
+def released_config(state, vision, text):
+    """The Config of released tensors and towers of these shapes. LookupError, ValueError."""
+    def rows(pattern):
+        """Number in the name -> rows of the tensor, for the names that match."""
+        found = ((re.fullmatch(pattern, name), tensor) for name, tensor in state.items())
+        return {int(match[1]): len(tensor) for match, tensor in found if match}
 
-    Of the neck's attentions only values and outputs have an effect (`head.Gate`). Some 1x1
-    convolutions are transposed ones, with weights (in, out, 1, 1): the neck's third, ETRIS's
-    way up in all stages but the last and its way down in the last. ETRIS's are two-dimensional.
-    """
-    transposed = re.compile(rf"neck\.f5_proj\.0\.weight|bridger\.zoom_(out\.(?!{bridges - 1}\.)"
-                            rf"\d+|in\.{bridges - 1})\.0\.weight")
-    out = {}
-    for name, tensor in state.items():
-        if transposed.fullmatch(name) and tensor.ndim > 1:
-            tensor = tensor.transpose(0, 1)
-        if re.match(r"neck\.fusion\d\.multihead_attn\.in_proj_(weight|bias)", name):
-            name = name.replace("in_proj_", "value.")
-            tensor = tensor[len(tensor) // 3 * 2:] if tensor.ndim else tensor
-        if re.match(r"bridger\.zoom_", name) and tensor.ndim == 4:
-            tensor = tensor.flatten(2)
-        out[name] = tensor
-    return out
-
-
-def shape_name(path, table, shape):
-    """The name of a tower's shape in VISION or TEXT. Raises WeightsError if it is not there."""
-    for name, known in table.items():
-        # ETRIS's files hold CLIP's positions on the grid of the photo.
-        if known == (shape._replace(grid=known.grid) if shape.family == "clip" else shape):
-            return name
-    raise WeightsError(f"{path}: its tower is of unknown size: {shape}; known: {', '.join(table)}")
+    # The grid of ETRIS's positions is that of the photo.
+    names = {shape._replace(grid=0): name for name, shape in VISION.items()}
+    common = {"vision": names[vision._replace(grid=0)],
+              "text": {shape: name for name, shape in TEXT.items()}[text],
+              "head_width": rows(r"neck\.aggr\.(0)\.weight")[0],
+              "head_layers": len(rows(r"decoder\.layers\.(\d+)\.ffn\.0\.weight"))}
+    third = vision.depth // 3
+    if vision.family == "dinov2":
+        visual, words = (rows(rf"{tower}\..*\.(\d+)\.adapter\.D_fc1\.weight")
+                         for tower in ("dinov2", "txt_backbone"))
+        return configure(
+            DETRIS_B, **common, features=(third, 2 * third),
+            visual_adapter_layers=tuple(sorted(visual)), visual_adapter_rank=max(visual.values()),
+            text_adapter_layers=tuple(sorted(words)), text_adapter_rank=max(words.values()))
+    bridges = rows(r"bridger\.linear1\.(\d+)\.weight")
+    return configure(
+        ETRIS_B, **common, features=(third - 1, 2 * third - 1), bridges=len(bridges),
+        bridge_width=max(bridges.values()), image_size=vision.grid * vision.patch)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (WeightsError, ConfigError, OSError) as error:
+    except (WeightsError, ConfigError, OSError, ImportError) as error:
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -252,7 +252,8 @@ def build_net(args, config, init):
     torch.manual_seed(args.seed)
     if init or args.random_towers:
         return model.build(config, init=init)
-    towers = model.find_weights(config, args.vision_weights, args.text_weights)
+    towers = (model.find_published(config.vision, args.vision_weights),
+              model.find_published(config.text, args.text_weights))
     if None in towers and not config.towers_learn:
         raise model.ConfigError(
             f"preset {args.preset} freezes its towers, but there is no file of one: --init CKPT "
