@@ -527,7 +527,8 @@ def bench(args, config, init, rank, world, device):
     """
     dtype = evaluate.precision_type(args.precision, device)
     torch.manual_seed(args.seed)
-    batches = GlobalBatches(config.batch_size, config.batch_size, args.micro_batch, rank, world, args.seed)
+    batches = GlobalBatches(config.batch_size, config.batch_size, args.micro_batch, rank, world,
+                            args.seed)
     trainer = Trainer(model.build(config).to(device), config.lr, batches, device, dtype,
                       args.compile)
     batch = random_batch(config, batches.micro, device)
@@ -574,7 +575,8 @@ def bench(args, config, init, rank, world, device):
              "processes": world, "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "compiled": args.compile, "peak_memory_gb": memory, "product_side": side, "product_gflops": speed["product"]}
+             "compiled": args.compile, "peak_memory_gb": memory, "product_side": side,
+             "product_gflops": speed["product"]}
     for name, samples in (("forward", batches.micro), ("step", batches.local)):
         rate = speed[name] / gflop[name] * samples * world
         found |= {f"{name}_images_per_s": rate, f"{name}_seconds_per_image": 1 / rate,
