@@ -366,11 +366,11 @@ def local_device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False         # single precision is single precision
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= gpus:
+    gpus = torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
         raise model.ConfigError(f"more processes than GPUs, of which there are {gpus}; choose a "
                                 f"smaller --nproc_per_node")
-    device = torch.device("cuda", local)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
 

@@ -277,7 +277,8 @@ class Equations(Exact):
                            (x[0, 0], weight, bias), (x.detach(), weight, bias)):
                 self.assertTrue(torch.autograd.gradcheck(product, inputs))
             # Nothing is kept for a frozen weight but the weight.
-            self.assertIsNone(product(x, *frozen).grad_fn.saved_tensors[0])
+            out = product(x, *frozen)
+            self.assertIsNone(out.grad_fn.saved_tensors[0])
         # Where the machine has it, large layers go there, and agree with PyTorch's.
         layer, x = backbones.Linear(512, 640), torch.randn(2, 128, 512, requires_grad=True)
         out, plain = layer(x), F.linear(x, layer.weight, layer.bias)
@@ -1871,7 +1872,7 @@ class Gpu(unittest.TestCase):
                     with evaluate.autocast(self.device, dtype):
                         images, tokens = (batch[key].to(self.device) for key in ("image", "tokens"))
                         found = net(data.normalise(images), tokens).float().cpu()
-                    difference = float((found - on_cpu).abs().max() / on_cpu.std())
+                    difference = float((found - on_cpu).std() / on_cpu.std())
                     with self.subTest(preset=preset, dtype=dtype):
                         print(f"{preset} {dtype or 'fp32'}: {difference:.1e}", file=sys.stderr)
                         self.assertGreater(difference, 0)
@@ -1882,8 +1883,8 @@ class Gpu(unittest.TestCase):
 
         def trainer(net, compiled=False):
             batches = train.GlobalBatches(16, 16, 0, 0, 1, seed=0)
-            return train.Trainer(net.to(self.device), 1e-3, batches, self.device, torch.bfloat16,
-                                 compiled, path, {})
+            return train.Trainer(net.to(self.device).train(), 1e-3, batches, self.device,
+                                 torch.bfloat16, compiled, path, {})
 
         batch = train.random_batch(model.PRESETS["shapes"], 16, CPU)
         whole = trainer(model.build("shapes"))
