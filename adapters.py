@@ -107,7 +107,7 @@ class DenseTextAdapter(nn.Module):
     """The text adapter of DETRIS, the DCRIS authors' later program: convolutions over the words.
 
     With h = ReLU(Down(x)), a word becomes x + 0.2 Up([b1, b2, b3] + h). The branches b are those of
-    Eq. 1 in one dimension. (The DenseCross adapter adds its input twice, in Eq. 1 and Eq. 2.) The
+    Eq. 1 in one dimension. Unlike CLIP's attention they also see later words, and padding. The
     first token skips the branches and becomes x + 0.2 Up(2 h). `rank` is a multiple of 16. Layers
     start as PyTorch initialises them, as in that program.
     """
@@ -236,7 +236,7 @@ def global_prior(words, patches, padding):
 
     m is the mean of the expression's tokens, start and end tokens too. (The paper does not say how
     it combines the words.) Words (B, L, E) and patches (B, N, E) are in CLIP's common space;
-    padding (B, L) is True where there is no word. Returns (B, L + N, E), which has no gradient.
+    padding (B, L) is True where there is no word. Returns (B, L + N, E), detached.
     """
     words, patches = words.detach(), patches.detach()
     real = ~padding[..., None]
@@ -276,9 +276,10 @@ class GlobalShortcutTuning(nn.Module):
         image = resized(image) + Linear(LN(stage_i))                        Eq. 8
 
     The image tokens come from its own patch layer. A stage is the vision tower's patches after some
-    block. Stages and prior get no gradient (section 2.4): only through the words does it reach the
-    towers.
+    block. Stages and prior are detached (section 2.4): the gradient reaches the towers through the
+    words alone.
 
+    The queries are learned tokens that the others read; only the image tokens leave the network.
     Our choice where the paper is silent: the sum of Eq. 8 goes on into the next block; all stages
     share one LayerNorm and linear layer; queries have no prior; padding counts as words do.
     """
@@ -340,7 +341,7 @@ class Bridge(nn.Module):
 
     Both are reduced to `width` channels. From the second stage on, the reduced tokens of the stage
     before are added, then a LayerNorm follows. Each side attends to the other and is multiplied by
-    the result, which is widened again and added to the tower's tokens.
+    what it read. The product is widened and added to the tower's tokens.
 
     ETRIS writes one 1x1 convolution of each stage as a transposed one: on the way down in the last
     stage, else on the way up. For it PyTorch swaps fan-in and fan-out, so both convolutions of a
@@ -370,7 +371,7 @@ class Bridge(nn.Module):
         t = self.words_down(words)
         if before is not None:
             v, t = self.patches_norm(v + before[0]), self.words_norm(t + before[1])
-        found = v * self.patches_read(v, t, t)                              # gated by themselves
+        found = v * self.patches_read(v, t, t)                  # patches times what they read
         patches = patches + self.patches_up(found.transpose(1, 2)).transpose(1, 2)
         words = words + self.words_up(t * self.words_read(t, v, v))
         return patches, words, (v, t)

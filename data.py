@@ -285,7 +285,7 @@ WHERE = ("the README says where to get RefCOCO, RefCOCO+, RefCOCOg and the COCO 
 
 
 def read_split(root, name, split, skip_broken=False, keep_leaks=False):
-    """Reads one split: its refs, and how many broken entries were left out. Raises DataError.
+    """The refs of one split, and the number of broken entries in all splits. Raises DataError.
 
     `mixed` joins refcoco, refcoco+ and refcocog-umd. Their splits overlap, so its train leaves out
     the images in val and test splits of the three (G-Ref's google split is not compared).

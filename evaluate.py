@@ -148,14 +148,14 @@ def evaluate_all(args, rank, world, device, dtype):
         if name in (None, "mixed"):
             raise data.DataError(f"{path}: its data set is {name or 'unknown'}; choose one to "
                                  f"evaluate it on, e.g. --dataset refcoco")
-        usual = data.LENGTHS.get(name, 17) if released else net.config.length
+        length = data.LENGTHS.get(name, 17) if released else net.config.length
         about = [path, run.get("preset", "released " * released + net.config.method),
                  f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
         for split in args.split or data.held_out_splits(args.data, name):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
-                                         args.length or usual, args.skip_broken)
+                                         args.length or length, args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
                              world, f"{name} {split}")
             figures = metrics(table)

@@ -42,8 +42,9 @@ class Gate(nn.Module):
     """A factor for each channel of a map, from the sentence s: x * (W_o (W_v s + b_v) + b_o).
 
     CRIS writes it as multi-head attention of every pixel to one token, s. With one key the softmax
-    is always 1, so queries, keys and heads have no effect and are left out. The layers start as in
-    PyTorch's attention, where W_q, W_k and W_v are one matrix: Xavier, bound sqrt(6 / (4 width)).
+    is always 1, so queries, keys and heads have no effect and are left out. Both start as in
+    PyTorch's attention, where W_q, W_k and W_v are one matrix: W_v Xavier, bound
+    sqrt(6 / (4 width)), W_o as every linear layer, and no bias.
     """
 
     def __init__(self, width):
@@ -64,8 +65,8 @@ class Neck(nn.Module):
         F_f = ConvBnReLU([gate(ConvBnReLU(f), sentence) for each map f])                1x1
         out = ConvBnReLU(ConvBnReLU([F_f, F_coord]))            3x3; F_coord: x and y in [-1, 1]
 
-    Three maps (B, C_i, h, w), sentence (B, E) to one map (B, width, h, w); only DCRIS's authors add
-    F_f at the end (`residual`).
+    Three maps (B, C_i, h, w), sentence (B, E) to one map (B, width, h, w); `residual` adds
+    F_f at the end, as DCRIS's authors do.
     """
 
     def __init__(self, channels, sentence_width, width, residual):

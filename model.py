@@ -1,4 +1,4 @@
-"""Four methods that join two towers, adapters and a head; presets; saving and loading.
+"""DCRIS, BarLeRIa, ETRIS and the tuners they are compared with; presets; saving and loading.
 
     python model.py             the presets and their parameters, beside the papers' figures
     python model.py --json      the same for programs
@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that distinguishes one training run of a model from another."""
+    """What a model is made of, and its training recipe."""
     # what is built
     method: str = "dcris"
     vision: str = "dinov2-b"            # a name in VISION
@@ -80,7 +80,7 @@ class Config:
     batch_size: int = 32                # over all processes together
     lr: float = 1e-4
     epochs: int = 50
-    milestones: tuple[int, ...] = (35,)     # after each of these epochs the rate is a tenth
+    milestones: tuple[int, ...] = (35,)     # after each, the learning rate is divided by 10
 
     @property
     def towers_learn(self):
@@ -265,16 +265,17 @@ class ETRIS(nn.Module):
             for block in self.text.blocks[text_depth * i // parts:text_depth * (i + 1) // parts]:
                 words = block(words)
             patches, words, reduced = bridge(x[:, prefix:], words, reduced)
-            after_block[j] = x = torch.cat([x[:, :prefix], patches], dim=1)
+            x = torch.cat([x[:, :prefix], patches], dim=1)
+            after_block[depth * (i + 1) // parts - 1] = x
         words, sentence = self.text.final(words, tokens)
-        features = [self.vision.as_map(x, grid) for x in (
-            *(after_block[i] for i in self.config.features),
-            self.vision.projection(self.vision.norm(x)))]
+        projected = self.vision.projection(self.vision.norm(x))
+        features = [self.vision.as_map(tokens_i, grid) for tokens_i in (
+            *(after_block[i] for i in self.config.features), projected)]
         return self.head(features, words, sentence, after_end(tokens))
 
 
 class UniModal(nn.Module):
-    """The tuners of DCRIS Table 2 inside one tower each. Image and words first meet in the head.
+    """The tuners of DCRIS Table 2 that change each tower alone. Photo and words meet in the head.
 
     `full`: both towers learn. `fixed`: neither does. `houlsby`, `compacter`: an adapter after the
     MLP of every block. `lora`: beside all linear layers of vision blocks, and those of the
@@ -358,7 +359,7 @@ PRESETS = {
     "lora": replace(DCRIS_B, method="lora", tuner_rank=8),
 }
 # All tuners on the towers of a run on drawn data (`train.py --init`). Ranks and widths give each
-# 0.09 to 0.10 million parameters; flows alone, and visiting tokens, have fewer.
+# 0.09 to 0.10 million parameters; `full` has more, `fixed`, flows and visiting tokens fewer.
 PRESETS |= {
     f"shapes-{name}": replace(PRESETS["shapes" if name == "dcris" else name], **sizes,
                               **{**DRAWN, "vision": "small", "train_towers": False})
@@ -393,7 +394,7 @@ def configure(preset, **overrides):
     config = PRESETS.get(preset) if isinstance(preset, str) else preset
     require(config, f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     for field in overrides:
-        require(hasattr(config, field), f"a configuration has no field {field}")
+        require(field in asdict(config), f"a configuration has no field {field}")
     config = replace(config, **{field: tuple(value) if isinstance(value, list) else value
                                 for field, value in overrides.items()})
     check(config)
@@ -417,8 +418,9 @@ def check(config):
             require(value == getattr(Config, field), f"{field} plays no part in method "
                     f"{config.method}; take a preset of another method")
         if type(value) in (int, float):
-            zero = value == 0 and field in ("dropout", "global_blocks")
-            require(value > 0 or zero, f"{field} is {value}; it must be above 0")
+            least = "0 or above" if field in ("dropout", "global_blocks") else "above 0"
+            require(value > 0 or value == 0 and least == "0 or above",
+                    f"{field} is {value}; it must be {least}")
     require(3 <= config.length <= text.positions,
             f"length {config.length}: {config.text} reads 3 to {text.positions} tokens")
     require(config.dropout < 1, f"dropout {config.dropout} is not below 1")
@@ -582,6 +584,7 @@ def read_checkpoint(path):
             return {"run": {}, "vocabulary": {}, "released": {
                 name.removeprefix("module."): tensor
                 for name, tensor in content["state_dict"].items()}}
+        content["towers"]["vision"], content["towers"]["text"], content["tensors"].items()
         return {**content, "config": configure(Config(), **content["config"])}
     except (KeyError, TypeError, AttributeError, RuntimeError, ConfigError) as error:
         raise WeightsError(f"{path}: not a checkpoint of this project "
@@ -591,8 +594,8 @@ def read_checkpoint(path):
 def load(path, vision_weights=None, text_weights=None, checkpoint=None):
     """A model in eval mode from a checkpoint; pass `checkpoint` if it was read already.
 
-    Tower files are those given, or looked for in `pretrained/`. They must be the files of the
-    training run (SHA-256). Raises WeightsError or OSError.
+    A tower that is not in the checkpoint is read from the file given, or from `pretrained/`. It
+    must be the file of the training run (SHA-256). Raises WeightsError or OSError.
     """
     checkpoint = checkpoint or read_checkpoint(path)
     if "released" in checkpoint:
@@ -611,7 +614,8 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
 
 
 def export(path, out):
-    """Writes a checkpoint without the optimizer's state. Raises WeightsError, OSError."""
+    """Writes what it takes to use a model: configuration, tuned tensors, run and vocabulary, without
+    the optimizer's state. Raises WeightsError, OSError."""
     if os.path.exists(out) and os.path.samefile(path, out):
         raise OSError(f"{out}: is the checkpoint itself; name another file")
     checkpoint = read_checkpoint(path)
