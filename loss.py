@@ -8,8 +8,8 @@ def text_to_pixel_loss(logits, masks):
     """Mean contrastive loss between the sentence and every pixel.
 
     The logit of pixel i is z_i = F_c^i . F_l (and a bias), the features in its 3x3 neighbourhood
-    against the kernel made of the sentence (`head.Projector`). The papers pull the object's pixels (P) towards
-    the sentence and push all others (N) away:
+    against the kernel made of the sentence (`head.Projector`). The papers pull the object's pixels
+    (P) towards the sentence and push all others (N) away:
 
         L_i = -log sigmoid(z_i)         for i in P
         L_i = -log(1 - sigmoid(z_i))    for i in N,       L = mean of L_i over P and N.

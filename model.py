@@ -614,8 +614,10 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
 
 
 def export(path, out):
-    """Writes what it takes to use a model: configuration, tuned tensors, run and vocabulary, without
-    the optimizer's state. Raises WeightsError, OSError."""
+    """Writes what it takes to use a model: configuration, tuned tensors, run and vocabulary.
+
+    The optimizer's state stays behind. Raises WeightsError, OSError.
+    """
     if os.path.exists(out) and os.path.samefile(path, out):
         raise OSError(f"{out}: is the checkpoint itself; name another file")
     checkpoint = read_checkpoint(path)
