@@ -149,13 +149,16 @@ def evaluate_all(args, rank, world, device, dtype):
             raise data.DataError(f"{path}: its data set is {name or 'unknown'}; choose one to "
                                  f"evaluate it on, e.g. --dataset refcoco")
         length = data.LENGTHS.get(name, 17) if released else net.config.length
+        length = args.length or length
+        most = model.TEXT[net.config.text].positions
+        model.require(length <= most, f"--length {length}: the text tower reads at most {most}")
         about = [path, run.get("preset", "released " * released + net.config.method),
                  f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
         for split in args.split or data.held_out_splits(args.data, name):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
-                                         args.length or length, args.skip_broken)
+                                         length, args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
                              world, f"{name} {split}")
             figures = metrics(table)

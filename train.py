@@ -194,7 +194,7 @@ def train(args, config, init, rank, world, device):
     run = {"preset": args.preset, "dataset": args.dataset, "refs": len(train_set),
            "keep_leaks": args.keep_leaks, "skip_broken": args.skip_broken, "seed": args.seed,
            "precision": str(dtype or torch.float32), "compile": args.compile,
-           "init": init and model.sha256(init[0]),
+           "init": init and model.sha256(init[0]), "random_towers": args.random_towers,
            "vocabulary": hashlib.sha256(tokenizer.text.encode()).hexdigest()}
     vocabulary = {} if config.text in model.PUBLISHED else {"text": tokenizer.text}
     metadata = {"run": run, "vocabulary": vocabulary}
@@ -277,10 +277,10 @@ def load_data(args, config, init, rank, world):
         vocabulary = init[1]["vocabulary"]["text"].encode()
     elif config.text in model.PUBLISHED:
         vocabulary = model.find_published("vocabulary", args.vocabulary)
-    tokenizer = evaluate.make_tokenizer(vocabulary, config)
     refs, broken = data.read_split(args.data, args.dataset, "train", args.skip_broken,
                                    args.keep_leaks)
     val_refs, _ = data.read_split(args.data, args.dataset, "val", args.skip_broken)
+    tokenizer = evaluate.make_tokenizer(vocabulary, config)     # after a wrong --dataset was named
     if broken and rank == 0:
         print(f"{broken} broken entries left out of all splits", file=sys.stderr)
     size = config.image_size, config.length
@@ -479,6 +479,8 @@ def parse_arguments():
     if min(args.workers, args.micro_batch, args.save_every, args.rounds - 1) < 0:
         parser.error("--workers, --micro-batch and --save-every are at least 0, --rounds at "
                      "least 1")
+    if args.json and not args.bench:
+        parser.error("--json belongs to --bench")
     given = args.random_towers, args.vision_weights, args.text_weights, args.vocabulary
     if args.init and any(given):
         parser.error("--init brings towers and vocabulary; leave --random-towers and the "
