@@ -55,12 +55,12 @@ PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")     # none 
 
 def normalise(images):
     """Scales uint8 images (B, 3, S, S) to the towers' input: float32, by CLIP's mean and std."""
-    mean, std = on_device(images.device)
+    mean, std = mean_and_std(images.device)
     return (images.float() / 255 - mean) / std
 
 
 @functools.cache                            # a GPU would wait for a copy at each step
-def on_device(device):
+def mean_and_std(device):
     """MEAN and STD, each (3, 1, 1)."""
     return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
 

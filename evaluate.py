@@ -148,8 +148,8 @@ def evaluate_all(args, rank, world, device, dtype):
         if name in (None, "mixed"):
             raise data.DataError(f"{path}: its data set is {name or 'unknown'}; choose one to "
                                  f"evaluate it on, e.g. --dataset refcoco")
-        length = data.LENGTHS.get(name, 17) if released else net.config.length
-        length = args.length or length
+        length = args.length or (
+            data.LENGTHS.get(name, 17) if released else net.config.length)
         most = model.TEXT[net.config.text].positions
         model.require(length <= most, f"--length {length}: the text tower reads at most {most}")
         about = [path, run.get("preset", "released " * released + net.config.method),

@@ -186,9 +186,8 @@ class BarLeRIa(nn.Module):
         if self.global_branch is not None:
             prefix = self.vision.prefix
             prior = global_prior(words @ self.text.projection, projected[:, prefix:], padding)
-            depth, parts = len(after_block), self.config.global_blocks
-            stages = [after_block[depth * (i + 1) // parts - 1][:, prefix:]     # 2, 5, 8, 11 of 12
-                      for i in range(parts)]
+            stages = [after_block[part[-1]][:, prefix:]                 # after 2, 5, 8, 11 of 12
+                      for part in cut(len(after_block), self.config.global_blocks)]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
         return self.head(features, words, sentence, padding, shortcut)          # Eq. 9
 
@@ -201,17 +200,22 @@ class BarLeRIa(nn.Module):
         """
         x, words = self.vision.embed(images), self.text.embed(tokens)
         rotary, after_block = self.vision.rotary_tables(grid), []
-        depth, text_depth = len(self.vision.blocks), len(self.text.blocks)
-        for i, text_block in enumerate(self.text.blocks):
+        parts = cut(len(self.vision.blocks), len(self.text.blocks))
+        for text_block, text_flows, part in zip(self.text.blocks, self.text_flows, parts):
             visiting_words, visiting_class = x[:, :0], words[:, :0]     # no visitors
             if self.intertwiner is not None:
                 visiting_words, visiting_class = self.intertwiner(words, x[:, :1])
-            for j in range(depth * i // text_depth, depth * (i + 1) // text_depth):
+            for j in part:
                 x = with_visitors(self.vision.blocks[j], x, visiting_words, self.vision.prefix,
                                   self.visual_flows[j], rotary)
                 after_block.append(x)
-            words = with_visitors(text_block, words, visiting_class, 0, self.text_flows[i])
+            words = with_visitors(text_block, words, visiting_class, 0, text_flows)
         return after_block, *self.text.final(words, tokens)
+
+
+def cut(depth, parts):
+    """The numbers of `depth` blocks, in parts of nearly equal size: a list of ranges."""
+    return [range(depth * i // parts, depth * (i + 1) // parts) for i in range(parts)]
 
 
 def flow_pairs(tower, wanted, steps):
@@ -255,18 +259,17 @@ class ETRIS(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, prefix = self.vision.grid(images), self.vision.prefix
         x, words = self.vision.embed(images), self.text.embed(tokens)
-        rotary, reduced, after_block = self.vision.rotary_tables(grid), None, {}
-        depth, text_depth, parts = (
-            len(modules) for modules in (self.vision.blocks, self.text.blocks, self.bridges))
-        for i, bridge in enumerate(self.bridges):
-            for j in range(depth * i // parts, depth * (i + 1) // parts):
+        rotary, reduced, after_block = self.vision.rotary_tables(grid), None, []
+        vision_parts, text_parts = (cut(len(tower.blocks), len(self.bridges))
+                                    for tower in (self.vision, self.text))
+        for bridge, vision_part, text_part in zip(self.bridges, vision_parts, text_parts):
+            for j in vision_part:
                 x = self.vision.blocks[j](x, Attached(*self.visual_flows[j]), rotary)
-                after_block[j] = x
-            for block in self.text.blocks[text_depth * i // parts:text_depth * (i + 1) // parts]:
-                words = block(words)
+                after_block.append(x)
+            for j in text_part:
+                words = self.text.blocks[j](words)
             patches, words, reduced = bridge(x[:, prefix:], words, reduced)
-            x = torch.cat([x[:, :prefix], patches], dim=1)
-            after_block[depth * (i + 1) // parts - 1] = x
+            after_block[-1] = x = torch.cat([x[:, :prefix], patches], dim=1)
         words, sentence = self.text.final(words, tokens)
         projected = self.vision.projection(self.vision.norm(x))
         features = [self.vision.as_map(tokens_i, grid) for tokens_i in (

@@ -555,7 +555,8 @@ def bench(args, config, init, rank, world, device):
 
     work = {"forward": forward, "step": step, "product": products}
     gflop, seconds = {"product": repeats * 2e-9 * side**3}, {name: [] for name in work}
-    forward(), step(), step()           # the first step makes Adam's moments
+    for action in (forward, step, step):        # the first step makes Adam's moments
+        action()
     memory = peak_memory_gb(device)
     warnings.filterwarnings("ignore", "Using `torch.compile")       # about the counter's hooks
     # The counter knows neither oneDNN's linear layer nor fused attention on CPUs.
