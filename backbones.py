@@ -510,7 +510,7 @@ def load_tower(kind, path, state, tower_class, shape):
 
     `shape(size, depth, family)` is its shape; `size(name, axis)` of a tensor by its name here.
     """
-    state = read_file(weight_file(path))[0] if state is None else state
+    state = read_file(weight_file(path)) if state is None else state
     mark = next((name for name in LAYOUTS[kind] if name in state), None)
     if mark is None:
         raise WeightsError(f"{path}: no {kind} tower of a known family, each of which has one of "
@@ -579,15 +579,15 @@ NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.sca
 def read_file(path):
     """What torch.save wrote, or the tensors of a TorchScript archive or a .safetensors file.
 
-    Runs no code of the file. The second result is the metadata of a .safetensors file, None for
-    others. Raises WeightsError for any other content, OSError if the file cannot be opened.
+    Runs no code of the file. Raises WeightsError for any other content, OSError if the file cannot
+    be opened.
     """
     open(path, "rb").close()                        # any error after this is about the content
     try:
         if str(path).endswith(".safetensors"):
             import safetensors
             with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+                return {name: file.get_tensor(name) for name in file.keys()}
         program = b""                               # of a TorchScript archive
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -599,9 +599,9 @@ def read_file(path):
             raise ValueError("it holds code")
         with warnings.catch_warnings(action="ignore"):      # TorchScript's age, foreign pickles
             if program:
-                return torch.jit.load(path, map_location="cpu").state_dict(), None
+                return torch.jit.load(path, map_location="cpu").state_dict()
             with torch.serialization.safe_globals(NUMPY_NUMBERS):
-                return torch.load(path, map_location="cpu", weights_only=True), None
+                return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise WeightsError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:                      # each reader has other exceptions

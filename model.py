@@ -2,7 +2,6 @@
 
     python model.py             the presets and their parameters, beside the papers' figures
     python model.py --json      the same for programs
-    python model.py export runs/dcris-b/best.pt tuned.safetensors
 
 `build(name)` makes a model, `load(path)` reads a checkpoint. A model maps images (B, 3, S, S),
 normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P) for patches of P pixels.
@@ -558,19 +557,11 @@ def replacing(path):
 def save(path, model, **more):
     """Writes a checkpoint: configuration, the towers' files and SHA-256, tuned tensors, `more`.
 
-    `more` may hold tensors in a PyTorch file. A .safetensors file has all but the tuned tensors as
-    JSON in its metadata. Raises OSError.
+    Raises OSError.
     """
-    content = {"config": asdict(model.config), "towers": model.sources, "run": {},
-               "vocabulary": {}, **more}
-    tensors = tuned_tensors(model)
     with replacing(path) as file:
-        if Path(path).suffix == ".safetensors":
-            import safetensors.torch
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            file.write(safetensors.torch.save(tensors, {"ris": json.dumps(content)}))
-        else:
-            torch.save({**content, "tensors": tensors}, file)
+        torch.save({"config": asdict(model.config), "towers": model.sources, "run": {},
+                    "vocabulary": {}, **more, "tensors": tuned_tensors(model)}, file)
 
 
 def read_checkpoint(path):
@@ -580,9 +571,7 @@ def read_checkpoint(path):
     WeightsError for any other content.
     """
     try:
-        content, metadata = backbones.read_file(path)
-        if metadata is not None:
-            content = {**json.loads(metadata["ris"]), "tensors": content}
+        content = backbones.read_file(path)
         if "state_dict" in content:
             return {"run": {}, "vocabulary": {}, "released": {
                 name.removeprefix("module."): tensor
@@ -616,18 +605,6 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
     return model.eval()
 
 
-def export(path, out):
-    """Writes what it takes to use a model: configuration, tuned tensors, run and vocabulary.
-
-    The optimizer's state stays behind. Raises WeightsError, OSError.
-    """
-    if os.path.exists(out) and os.path.samefile(path, out):
-        raise OSError(f"{out}: is the checkpoint itself; name another file")
-    checkpoint = read_checkpoint(path)
-    save(out, load(path, checkpoint=checkpoint),
-         run=checkpoint["run"], vocabulary=checkpoint["vocabulary"])
-
-
 # ---- The table of parameters ----------------------------------------------------------------
 
 def count(model):
@@ -648,13 +625,7 @@ def count(model):
 def main():
     parser = argparse.ArgumentParser(description="The presets and their parameters.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    command = parser.add_subparsers(dest="command").add_parser(
-        "export", help="write a checkpoint without the optimizer's state")
-    command.add_argument("ckpt", metavar="CKPT")
-    command.add_argument("out", metavar="OUT", help="OUT.pt or OUT.safetensors")
     args = parser.parse_args()
-    if args.command == "export":
-        return export(args.ckpt, args.out)
     with torch.device("meta"):              # shapes only, no memory
         rows = [{"preset": name, **count(build(name)), "paper_millions": PAPER.get(name)}
                 for name in PRESETS]

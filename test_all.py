@@ -867,22 +867,6 @@ class Checkpoints(unittest.TestCase):
             with self.assertRaisesRegex(FileNotFoundError, "http://v"):
                 model.load(place / "a.pt")
 
-    def test_export(self):
-        place = folder(self)
-        net = model.build("shapes").eval()
-        model.save(place / "a.pt", net, run={"dataset": "shapes"}, vocabulary={"text": "a b"},
-                   optimizer={"state": torch.zeros(1000)})
-        for out in ("b.pt", "c.safetensors")[:2 if SAFETENSORS else 1]:
-            self.assertEqual(program(model, "export", place / "a.pt", place / out)[0], 0)
-            again, held = model.load(place / out), model.read_checkpoint(place / out)
-            self.assertEqual(again.config, net.config)
-            for name, tensor in net.state_dict().items():
-                self.assertTrue(torch.equal(again.state_dict()[name], tensor), name)
-            self.assertEqual(held["vocabulary"], {"text": "a b"})
-            self.assertNotIn("optimizer", held)
-            status, _, err = program(model, "export", place / out, place / out)
-            self.assertEqual((status, "is the checkpoint itself" in err), (2, True))
-
     def test_bad_checkpoints_are_refused(self):
         place = folder(self)
         model.save(place / "a.pt", model.build("shapes"))
@@ -1732,7 +1716,7 @@ class Runs(unittest.TestCase):
         for arguments, message in (
                 (["--preset", "dcris-b"], "needs --dataset"),
                 (["--init", "a.pt", "--random-towers"], "leave --random-towers"),
-                (["--bench", "--rounds", 0], "at least 1"),
+                (["--workers", -1], "at least 0"),
                 (["--preset", "dcris-b", "--dataset", "refcoco", "--data", place / "no"],
                  "no such file; .python backbones.py download"),
                 (["--preset", "shapes-lora"], "there is no file of one: --init"),
@@ -1740,7 +1724,7 @@ class Runs(unittest.TestCase):
                 (["--batch-size", "9999"], "more than the .* refs"),
                 (["--out", place / "last", "--lr", 1, "--seed", 1],
                  "another run: lr 0.001 there, 1.0 here; seed 0 there, 1 here; --out DIR"),
-                (["--out", place / "best"], "not this run's last.pt")):
+                (["--out", place / "best"], "not a last.pt")):
             refused(self, train, [*self.command, "--out", place / "o", *arguments], message)
 
     def test_the_folder_is_the_run(self):
@@ -1817,7 +1801,7 @@ class Runs(unittest.TestCase):
     def test_benchmark(self):
         file = self.root / "bench.json"
         status, out, err = program(train, "--bench", "--batch-size", 4, "--micro-batch", 2,
-                                   "--rounds", 1, "--precision", "bf16", "--json", file)
+                                   "--precision", "bf16", "--json", file)
         self.assertEqual(status, 0, err)
         found = json.loads(file.read_text())
         self.assertEqual((found["preset"], found["batch"], found["precision"]),
@@ -1827,7 +1811,6 @@ class Runs(unittest.TestCase):
         self.assertLess(found["forward_gflop_per_image"], found["step_gflop_per_image"] / 2)
         for name, value in found.items():
             self.assertIn(f"| {name} | {f'{value:.4g}' if type(value) is float else value} |", out)
-        self.assertGreater(found["loader_images_per_s"], 30)
         with mock.patch.object(train, "random_batch", lambda *_: torch.empty(2**50)):
             status, _, err = program(train, "--bench")
         self.assertEqual((status, err.count("\n")), (1, 1), err)

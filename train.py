@@ -30,7 +30,6 @@ import resource
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields
@@ -39,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import benchmark
@@ -171,13 +170,10 @@ class Trainer:
                        optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def restore(self, checkpoint):
-        """Restores progress and optimizer. WeightsError if the checkpoint does not have them."""
-        try:
-            self.progress = Progress(**checkpoint["progress"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise model.WeightsError(f"{self.path}: not this run's last.pt, {error!r}") from error
+        """Continues where `save` wrote this checkpoint."""
+        self.progress = Progress(**checkpoint["progress"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
 
 
 # ---- The run --------------------------------------------------------------------------------
@@ -203,7 +199,8 @@ def train(args, config, init, rank, world, device):
         checkpoint = read_same_run(last, config, run)
         net = model.load(last, args.vision_weights, args.text_weights, checkpoint)
     else:
-        net = build_net(args, config, init)
+        torch.manual_seed(args.seed)
+        net = model.build(config, *tower_files(args, config, init), init=init)
     trainer = Trainer(net.to(device), config.lr, batches, device, dtype, args.compile, last,
                       metadata)
     if checkpoint:
@@ -222,14 +219,13 @@ def train(args, config, init, rank, world, device):
         table = evaluate.overlaps(net, val_set, device, None, config.batch_size, args.workers,
                                   rank, world, "validating")        # in single precision
         found = evaluate.metrics(table)
-        images = progress.step * config.batch_size
         row = {"epoch": epoch, "loss": progress.loss / progress.step, "lr": lr,
                "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
-               "images_per_s": images / progress.seconds,
+               "images_per_s": progress.step * config.batch_size / progress.seconds,
                "peak_memory_gb": peak_memory_gb(device),
                "seconds": progress.seconds + time.monotonic() - begun}
         rows = [*progress.rows, row]
-        metadata["seconds"] = sum(images / row["images_per_s"] for row in rows)     # of training
+        metadata["seconds"] = sum(row["seconds"] for row in rows)
         # last.pt is written last: a run that is killed before repeats the validation.
         if rank == 0:
             if progress.skipped or len(table) < len(val_set):
@@ -247,18 +243,16 @@ def train(args, config, init, rank, world, device):
               f"--out DIR starts another run")
 
 
-def build_net(args, config, init):
-    """The network at the start of a run. ConfigError for a frozen tower without weights."""
-    torch.manual_seed(args.seed)
+def tower_files(args, config, init):
+    """The towers' files, at the start of a run. ConfigError for a frozen tower without weights."""
     if init or args.random_towers:
-        return model.build(config, init=init)
-    towers = (model.find_published(config.vision, args.vision_weights),
-              model.find_published(config.text, args.text_weights))
-    if None in towers and not config.towers_learn:
-        raise model.ConfigError(
-            f"preset {args.preset} freezes its towers, but there is no file of one: --init CKPT "
-            f"takes both from a trained run such as runs/shapes/best.pt")
-    return model.build(config, *towers)
+        return None, None
+    files = (model.find_published(config.vision, args.vision_weights),
+             model.find_published(config.text, args.text_weights))
+    model.require(None not in files or config.towers_learn,
+                  f"preset {args.preset} freezes its towers, but there is no file of one: --init "
+                  f"CKPT takes both from a trained run such as runs/shapes/best.pt")
+    return files
 
 
 def load_data(args, config, init, rank, world):
@@ -336,35 +330,19 @@ def distribute(net, world, device):
                                    gradient_as_bucket_view=True)
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes.
-
-    The losses of all processes depend on the sum, so backward sums the gradient over them, too.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverProcesses.forward(ctx, gradient)
-
-
 def batch_norm_over_processes(layer, x):
     """Batch normalisation of x (B, C, ...) with statistics over all processes' equal batches.
 
-    Mean and mean square travel in one exchange. Their difference is exact enough, as means are
-    within 6 standard deviations of 0 in these models.
+    Mean and mean square are summed over processes in one exchange, and so are their gradients in
+    the backward pass. Their difference is exact enough, as means are within 6 standard deviations
+    of 0 in these models.
     """
     if not layer.training:
         return type(layer).forward(layer, x)
     others = [d for d in range(x.ndim) if d != 1]
     wide = x if x.dtype == torch.float64 else x.float()
     local = torch.stack([wide.mean(others), wide.square().mean(others)])        # (2, C)
-    mean, square = SumOverProcesses.apply(local) / dist.get_world_size()
+    mean, square = all_reduce(local, "sum", dist.group.WORLD) / dist.get_world_size()
     variance = (square - mean.square()).clamp(min=0)
     with torch.no_grad():
         count = x.numel() // x.shape[1] * dist.get_world_size()
@@ -394,6 +372,7 @@ def lock_folder(out):
 def read_same_run(path, config, run):
     """The checkpoint last.pt. Raises ConfigError if it is of another run, WeightsError, OSError."""
     checkpoint = model.read_checkpoint(path)
+    model.require("progress" in checkpoint, f"{path}: not a last.pt, from which a run continues")
     before = {**asdict(checkpoint["config"]), **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
                  for key, value in {**asdict(config), **run}.items() if before.get(key) != value]
@@ -459,8 +438,7 @@ def parse_arguments():
     add("--compile", action="store_true",
         help="compile the model (minutes) before the first step; on GPUs steps are then faster")
     add("--bench", action="store_true", help="time forward pass, step and loader; train nothing")
-    add("--rounds", type=int, default=5, metavar="N", help="of the benchmark")
-    add("--json", metavar="OUT.json", help="also write its figures here")
+    add("--json", metavar="OUT.json", help="also write the benchmark's figures here")
     evaluate.add_shared_arguments(parser, precision="auto")
     group = parser.add_argument_group("fields of the configuration",
                                       "default: the preset's; model.Config says what each is. "
@@ -476,11 +454,8 @@ def parse_arguments():
         args.dataset = "shapes"
     if args.dataset is None and not args.bench:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
-    if min(args.workers, args.micro_batch, args.save_every, args.rounds - 1) < 0:
-        parser.error("--workers, --micro-batch and --save-every are at least 0, --rounds at "
-                     "least 1")
-    if args.json and not args.bench:
-        parser.error("--json belongs to --bench")
+    if min(args.workers, args.micro_batch, args.save_every) < 0:
+        parser.error("--workers, --micro-batch and --save-every are at least 0")
     given = args.random_towers, args.vision_weights, args.text_weights, args.vocabulary
     if args.init and any(given):
         parser.error("--init brings towers and vocabulary; leave --random-towers and the "
@@ -489,25 +464,22 @@ def parse_arguments():
 
 
 def configuration(args, init):
-    """The preset's configuration with the fields that were given.
+    """The preset's configuration with the fields that were given. Raises ConfigError.
 
     The length depends on the data set. The towers of `init` bring their names, and are frozen.
-    Raises ConfigError.
     """
-    preset = asdict(model.PRESETS[args.preset])
-    overrides = {name: value for name, value in vars(args).items()
-                 if name in preset and value is not None}
+    given = {name: value for name, value in vars(args).items()
+             if hasattr(model.Config, name) and value is not None}
     if args.dataset in data.LENGTHS:
-        overrides.setdefault("length", data.LENGTHS[args.dataset])
+        given.setdefault("length", data.LENGTHS[args.dataset])
     if init:
         path, checkpoint = init
-        if "text" not in checkpoint["vocabulary"] or any(checkpoint["towers"].values()):
-            raise model.ConfigError(f"{path}: not a run on drawn data; --init takes the towers and "
-                                    f"the vocabulary of one, such as runs/shapes/best.pt")
+        model.require("text" in checkpoint["vocabulary"],
+                      f"{path}: not a run on drawn data; --init takes the towers and the "
+                      f"vocabulary of one, such as runs/shapes/best.pt")
         towers = checkpoint["config"]
-        overrides = {"vision": towers.vision, "text": towers.text, "train_towers": False,
-                     **overrides}
-    return model.configure(args.preset, **overrides)
+        given = {"vision": towers.vision, "text": towers.text, "train_towers": False, **given}
+    return model.configure(args.preset, **given)
 
 
 def main():
@@ -522,10 +494,10 @@ def main():
 # ---- The benchmark, and memory --------------------------------------------------------------
 
 def bench(args, config, init, rank, world, device):
-    """Times forward pass and step on random numbers, large matrix products, and the loader.
+    """Times forward pass, step, and a product of large matrices, on random numbers.
 
-    The first process prints its own times, taken while all processes work, and writes them as
-    JSON if asked to. `share`: of the speed of large products.
+    Prints the first process's medians of five rounds, taken while all processes work. `share`: the
+    arithmetic a second, as a part of the product's. Also writes them as JSON if asked to.
     """
     dtype = evaluate.precision_type(args.precision, device)
     torch.manual_seed(args.seed)
@@ -534,11 +506,6 @@ def bench(args, config, init, rank, world, device):
     trainer = Trainer(model.build(config).to(device), config.lr, batches, device, dtype,
                       args.compile)
     batch = random_batch(config, batches.micro, device)
-    # CPUs without AVX-512 multiply large matrices of half precision in minutes.
-    slow = device.type == "cpu" and dtype and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    side = 256 if slow else 4096
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    repeats = 1 if device.type == "cpu" else 100        # one is over before a GPU is at full speed
 
     def forward():
         trainer.net.eval()
@@ -549,51 +516,55 @@ def bench(args, config, init, rank, world, device):
         trainer.net.train()
         trainer.step(iter([batch] * batches.micro_batches))
 
-    def products():
-        for _ in range(repeats):
-            backbones.linear(left, right)
-
-    work = {"forward": forward, "step": step, "product": products}
-    gflop, seconds = {"product": repeats * 2e-9 * side**3}, {name: [] for name in work}
-    for action in (forward, step, step):        # the first step makes Adam's moments
-        action()
-    memory = peak_memory_gb(device)
-    warnings.filterwarnings("ignore", "Using `torch.compile")       # about the counter's hooks
-    # The counter knows neither oneDNN's linear layer nor fused attention on CPUs.
-    counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
-    for name in ("forward", "step"):
-        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with plain, torch.compiler.set_stance("force_eager"), FlopCounterMode(
-                display=False, custom_mapping=counts) as counter:
-            work[name]()
-        gflop[name] = counter.get_total_flops() / 1e9
-    for _ in tqdm(range(args.rounds + 1), "timing", unit="round", leave=False, disable=rank > 0):
-        for name, action in work.items():
+    def seconds(action):
+        """The median of five calls, after one that warms up."""
+        times = []
+        for _ in range(6):
             if world > 1:
                 dist.barrier()
             begun = benchmark.timer()           # waits for a GPU
             action()
-            seconds[name].append(benchmark.timer() - begun)
-    # The first round warms up.
-    speed = {name: gflop[name] / statistics.median(seconds[name][1:]) for name in work}
-    found = {"preset": args.preset, "batch": config.batch_size, "micro_batch": batches.micro,
-             "processes": world, "threads": torch.get_num_threads(),
+            times.append(benchmark.timer() - begun)
+        return statistics.median(times[1:])
+
+    actions = {"forward": forward, "step": step}
+    times = {name: seconds(actions[name])
+             for name in tqdm(actions, "timing", leave=False, disable=rank > 0)}
+    memory = peak_memory_gb(device)
+    # Many CPUs multiply large matrices of half precision in minutes. A GPU is at full speed only
+    # after the first of many products.
+    side, repeats = (4096, 100) if device.type == "cuda" else (512 if dtype else 4096, 1)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product_gflops = repeats * 2e-9 * side**3 / seconds(
+        lambda: [backbones.linear(left, right) for _ in range(repeats)])
+    found = {"preset": args.preset, "batch": config.batch_size, "processes": world,
+             "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "compiled": args.compile, "peak_memory_gb": memory, "product_side": side,
-             "product_gflops": speed["product"]}
+             "peak_memory_gb": memory, "product_gflops": product_gflops}
     for name, samples in (("forward", batches.micro), ("step", batches.local)):
-        rate = speed[name] / gflop[name] * samples * world
-        found |= {f"{name}_images_per_s": rate, f"{name}_seconds_per_image": 1 / rate,
-                  f"{name}_gflop_per_image": gflop[name] / samples, f"{name}_gflops": speed[name],
-                  f"{name}_share": speed[name] / speed["product"]}
+        gflop = count_gflop(actions[name], device)
+        found |= {f"{name}_images_per_s": samples * world / times[name],
+                  f"{name}_gflop_per_image": gflop / samples,
+                  f"{name}_share": gflop / times[name] / product_gflops}
     if rank == 0:
-        found["loader_images_per_s"] = loader_speed(config)
         print("| figure | value |\n|---|---:|")
         for name, value in found.items():
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         if args.json:
             evaluate.save_json(found, args.json)
+
+
+def count_gflop(action, device):
+    """The multiplications and additions, in billions, that PyTorch counts in a call."""
+    warnings.filterwarnings("ignore", "Using `torch.compile")       # about the counter's hooks
+    # The counter knows neither oneDNN's linear layer nor fused attention on CPUs.
+    counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    with plain, torch.compiler.set_stance("force_eager"), FlopCounterMode(
+            display=False, custom_mapping=counts) as counter:
+        action()
+    return counter.get_total_flops() / 1e9
 
 
 def random_batch(config, samples, device):
@@ -604,19 +575,6 @@ def random_batch(config, samples, device):
     image = torch.randint(256, (samples, 3, size, size), device=device).byte()
     return {"image": image, "tokens": tokens, "mask": image[:, :1], "ref": samples * ["random"],
             "skipped": torch.zeros(samples)}
-
-
-def loader_speed(config, rounds=100):
-    """Samples a second that a loader's process makes of a JPEG photo of 640x480 pixels."""
-    with tempfile.TemporaryDirectory() as folder:
-        photo = Path(folder, "photo.jpg")
-        Image.effect_noise((640, 480), 25).convert("RGB").save(photo, quality=90)
-        ref = data.Ref(id=0, image_id=0, image=photo, width=640, height=480, sentences=("a",),
-                       segmentation=[[200, 100, 440, 100, 440, 340, 200, 340]])
-        dataset = data.TrainSet([ref], lambda texts, length: torch.zeros(1, length).long(),
-                                config.image_size, config.length)
-        timer = benchmark.Timer("dataset[0, 0]", globals={"dataset": dataset})  # one thread
-        return 1 / timer.timeit(rounds).mean
 
 
 def peak_memory_gb(device):
