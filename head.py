@@ -90,12 +90,11 @@ class Neck(nn.Module):
                          for side in fused.shape[-2:])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         place = torch.stack([x, y]).to(fused)[None]                         # F_coord, (1, 2, h, w)
-        (convolution, *norm_relu), second = self.coordinates
+        first, second = self.coordinates
         # 514 channels do not suit matrix units, so the last two are convolved apart.
-        weights = convolution.weight.split([fused.shape[1], 2], dim=1)
+        weights = first[0].weight.split([fused.shape[1], 2], dim=1)
         out = sum(F.conv2d(x, w, padding=1) for x, w in zip((fused, place), weights))
-        for layer in (*norm_relu, second):
-            out = layer(out)
+        out = second(first[1:](out))
         return out + fused if self.residual else out
 
 
