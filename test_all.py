@@ -1486,12 +1486,20 @@ class Drawn(unittest.TestCase):
 
 class Metrics(unittest.TestCase):
     def test_by_hand(self):
-        table = np.array([[0, 1, 2], [1, 3, 4], [2, 95, 100], [3, 0, 10]])
+        table = np.array([[0, 1, 2, 2], [1, 3, 4, 3], [2, 95, 100, 99], [3, 0, 10, 1]])
         found = evaluate.metrics(table)
         self.assertAlmostEqual(found["miou"], 100 * (0.5 + 0.75 + 0.95 + 0) / 4)
         self.assertAlmostEqual(found["oiou"], 100 * 99 / 116)
         self.assertEqual([found[f"p{p}"] for p in (50, 60, 70, 80, 90)], [50, 50, 50, 25, 25])
-        self.assertEqual(found["expressions"], 4)
+        self.assertEqual((len(found), found["expressions"]), (8, 4))
+
+    def test_expressions_without_target_by_hand(self):
+        """A prediction of 49 pixels is empty, one of 50 is not; then the same with a target."""
+        found = evaluate.metrics(np.array([[0, 0, 49, 0], [1, 0, 50, 0], [2, 49, 99, 99],
+                                           [3, 50, 100, 100], [4, 80, 120, 100]]))
+        for key, value in {"miou": (1 + 0 + 0 + 1 / 2 + 2 / 3) / 5, "n_acc": 1 / 2, "t_acc": 2 / 3,
+                           "oiou": 130 / (50 + 99 + 100 + 120), "p50": 1 / 3}.items():
+            self.assertAlmostEqual(found[key], 100 * value, msg=key)
 
     def test_probabilities_keep_the_corners(self):
         logits, images = torch.randn(2, 1, 8, 8), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
@@ -1535,7 +1543,7 @@ class Evaluating(unittest.TestCase):
             for sentence in ref.sentences:
                 predicted = evaluate.predict(self.net, self.tokenizer, photo, sentence, CPU)
                 truth = mask.numpy() > 0
-                rows.append((len(rows), (predicted & truth).sum(), (predicted | truth).sum()))
+                rows.append([len(rows), *map(np.sum, (predicted & truth, predicted | truth, truth))])
         for world in (1, 2, 3):
             file, panel = self.root / f"{world}.json", self.root / f"{world}.png"
             statuses, lines = launch([
