@@ -612,7 +612,7 @@ def loader_speed(config, rounds=100):
         photo = Path(folder, "photo.jpg")
         Image.effect_noise((640, 480), 25).convert("RGB").save(photo, quality=90)
         ref = data.Ref(id=0, image_id=0, image=photo, width=640, height=480, sentences=("a",),
-                       segmentation=[[200, 100, 440, 100, 440, 340, 200, 340]])
+                       segmentations=[[[200, 100, 440, 100, 440, 340, 200, 340]]])
         dataset = data.TrainSet([ref], lambda texts, length: torch.zeros(1, length).long(),
                                 config.image_size, config.length)
         timer = benchmark.Timer("dataset[0, 0]", globals={"dataset": dataset})  # one thread
