@@ -3,6 +3,7 @@
     python data.py shapes DIR       draws the data set `shapes` into DIR/shapes
     python data.py shapes-b DIR     draws the second domain into DIR/shapes-b
     python data.py check DIR        counts the data sets in DIR, and names the first broken entry
+    python data.py parquet FILE... DIR/NAME     makes a data set of Hugging Face's tables
 
 A REFER data set is a folder `ROOT/NAME` with two files, which are read as they are distributed:
 `instances.json` has the photos' names and the objects' masks (COCO's annotations),
@@ -485,6 +486,8 @@ class Tokenizer:
         return tokens
 
 
+# ---- Hugging Face's tables of RefCOCO -------------------------------------------------------
+
 @contextlib.contextmanager
 def drafting(folder):
     """A folder to write to, which becomes `folder` when it is complete. DataError if it exists."""
@@ -496,6 +499,49 @@ def drafting(folder):
         (draft / "images").mkdir(parents=True)
         yield draft
         draft.rename(folder)
+
+
+def convert_tables(files, folder):
+    """Writes Hugging Face's tables of RefCOCO (parquet) as a REFER data set. Raises DataError."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError("to read parquet files, pip install pyarrow") from None
+    images, annotations, refs = {}, {}, []
+    with drafting(folder) as draft:
+        for file in files:
+            place, row = 0, {}
+            try:
+                rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches(64)
+                        for row in batch.to_pylist())
+                for place, row in enumerate(rows):
+                    for image, annotation, ref in read_row(row, draft):
+                        images[image["id"]] = image
+                        annotations[annotation["id"]] = annotation
+                        refs.append(ref)
+            except Exception as error:      # a file or table of another kind can raise anything
+                raise DataError(f"{file}, row {place}: not as in jxu124/refcoco or moondream/"
+                                f"refcoco-m ({reason(error)}); columns: {', '.join(row)}") from None
+        coco = {"images": [*images.values()], "annotations": [*annotations.values()]}
+        split_by = SPLIT_BY.get(folder.name, folder.name) or "umd"
+        (draft / "instances.json").write_text(json.dumps(coco), encoding="utf-8")
+        (draft / f"refs({split_by}).json").write_text(json.dumps(refs), encoding="utf-8")
+
+
+def read_row(row, draft):
+    """Yields COCO's image, COCO's annotation, and the ref, of each ref in a table's row."""
+    if "raw_anns" in row:                   # jxu124's: one ref, the photo is elsewhere
+        yield (json.loads(row["raw_image_info"]), json.loads(row["raw_anns"]), {
+            key: row[key] for key in ("ref_id", "ann_id", "image_id", "split", "sentences")})
+        return
+    name, image_id = Path(row["file_name"]).name, row["image_id"]       # refcoco-m's, all of val
+    (draft / "images" / name).write_bytes(row["image"]["bytes"])
+    for sample in row["samples"]:
+        height, width = sample["mask"]["size"]
+        yield ({"id": image_id, "file_name": name, "width": width, "height": height},
+               {"id": sample["id"], "image_id": image_id, "segmentation": sample["mask"]},
+               {"ref_id": sample["id"], "ann_id": sample["id"], "image_id": image_id,
+                "split": "val", "sentences": sample["sentences"]})
 
 
 # ---- Drawn data: scenes of figures, and expressions that refer to exactly one of them -------
@@ -713,14 +759,19 @@ def check(root):
 
 def main():
     parser = argparse.ArgumentParser(usage="\n" + __doc__.split("\n\n")[1])
-    parser.add_argument("command", choices=[*DOMAINS, "check"])
-    parser.add_argument("dir", metavar="DIR")
+    parser.add_argument("command", choices=[*DOMAINS, "check", "parquet"])
+    parser.add_argument("paths", metavar="PATH", nargs="+")
     args = parser.parse_args()
+    *files, folder = map(Path, args.paths)
     try:
+        if bool(files) != (args.command == "parquet"):
+            raise DataError("parquet takes files and a folder, the other commands one folder")
         if args.command == "check":
-            check(args.dir)
+            check(folder)
+        elif args.command == "parquet":
+            convert_tables(files, folder)
         else:
-            print(draw_shapes(args.dir, name=args.command))
+            print(draw_shapes(folder, name=args.command))
     except (DataError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
 

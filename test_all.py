@@ -1338,6 +1338,35 @@ class Refer(unittest.TestCase):
                 self.read("mine")
         self.assertEqual(data.TrainSet(refs, self.tokenizer, 64, 17)[1, 1]["mask"].max(), 0)
 
+    @unittest.skipUnless(importlib.util.find_spec("pyarrow"), "pyarrow is not installed")
+    def test_hugging_faces_tables(self):
+        import pyarrow.parquet
+        images, objects = ({entry["id"]: json.dumps(entry) for entry in self.instances[key]}
+                           for key in ("images", "annotations"))
+        rows = [{**ref, "bbox": [0.5, 1, 2, 3], "raw_anns": objects[ref["ann_id"]],
+                 "raw_image_info": images[ref["image_id"]]} for ref in self.refs]
+        photo = {"image": {"bytes": self.photos[3].read_bytes(), "path": "x.jpg"}, "image_id": 3,
+                 "file_name": "new.jpg", "samples": [{
+                     "id": 14, "category": "cat", "sentences": ["it"], "bbox": [7, 0, 1, 60],
+                     "mask": self.instances["annotations"][3]["segmentation"]}]}
+        files = [self.root / f"{i}.parquet" for i in range(4)]
+        for file, table in zip(files, (rows[:4], rows[4:], [photo], [{"a": 1, "b": 2}])):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), file)
+        it = self.read()[3]._replace(id=14, sentences=("it",),
+                                     image=str(self.root / "m" / "images" / "new.jpg"))
+        for inputs, name, read_as, split, expected in (
+                (files[:2], "refcoco+", "refcoco+", "val", self.read(split="val")),
+                (files[:2], "refcocog", "refcocog-umd", "train", self.read()),
+                (files[2:3], "m", "m", "val", [it])):
+            self.assertEqual(program(data, "parquet", *inputs, self.root / name)[0], 0)
+            self.assertEqual(self.read(read_as, split), expected)
+        for inputs, name, message in (
+                (files[3:4], "new", "3.parquet, row 0: not as in .*; columns: a, b"),
+                ([files[0], self.photos[1]], "new", "1.jpg, row 0: not as in .*agic"),
+                ([], "new", "takes files and a folder"), (files[:1], "m", "m exists already")):
+            refused(self, data, ["parquet", *inputs, self.root / name], message)
+        self.assertFalse([*self.root.glob("*new*"), *self.root.glob("*.tmp")])
+
     def read_all(self, skip_broken):
         """Reads all of train, and a training sample: how many entries were left out."""
         data.read_refs.cache_clear()
@@ -1445,6 +1474,8 @@ class Refer(unittest.TestCase):
         data.read_refs.cache_clear()
         with self.assertRaisesRegex(data.DataError, "no images in any of .*train2014"):
             self.read()
+        with mock.patch.dict(sys.modules, pyarrow=None):
+            refused(self, data, ["parquet", "x.parquet", self.root / "x"], "pip install pyarrow")
 
     def test_check_prints_a_table(self):
         status, out, _ = program(data, "check", self.root)
