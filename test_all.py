@@ -1611,9 +1611,9 @@ class Evaluating(unittest.TestCase):
         for ref in (ref for ref in self.refs if ref.image != self.last.image):
             photo, mask = data.read_pair(ref)
             for sentence in ref.sentences:
-                predicted = evaluate.predict(self.net, self.tokenizer, photo, sentence, CPU)
+                guess = evaluate.predict(self.net, self.tokenizer, photo, sentence, CPU)
                 truth = mask.numpy() > 0
-                rows.append([len(rows), *map(np.sum, (predicted & truth, predicted | truth, truth))])
+                rows.append([len(rows), *map(np.sum, (guess & truth, guess | truth, truth))])
         for world in (1, 2, 3):
             file, panel = self.root / f"{world}.json", self.root / f"{world}.png"
             statuses, lines = launch([
