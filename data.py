@@ -2,14 +2,18 @@
 
     python data.py shapes DIR       draws the data set `shapes` into DIR/shapes
     python data.py shapes-b DIR     draws the second domain into DIR/shapes-b
-    python data.py check DIR        compares the data sets in DIR with their published sizes
+    python data.py check DIR        counts the data sets in DIR, and names the first broken entry
+    python data.py parquet FILE... DIR/NAME     makes a data set of Hugging Face's tables
 
 A REFER data set is a folder `ROOT/NAME` with two files, which are read as they are distributed:
 `instances.json` has the photos' names and the objects' masks (COCO's annotations),
-`refs(SPLITBY).p` the expressions and the splits.
+`refs(SPLITBY).p` or `.json` the expressions and the splits: a list of {"image_id": 7, "ann_id": 12,
+"split": "train", "sentences": [{"sent": "the left cat"}]}. In gRefCOCO, `grefs(SPLITBY)`, `ann_id`
+is a list: of objects, whose masks are joined, or [-1] where the expression refers to nothing.
 """
 
 import argparse
+import contextlib
 import functools
 import gzip
 import html
@@ -158,13 +162,13 @@ def taps(length, side, scale, shift, cubic, device):
 # ---- The two data sets: one for training, one for evaluation --------------------------------
 
 class Ref(NamedTuple):
-    """An object in a photo: its mask, and the expressions that refer to it."""
+    """An object in a photo, or several or none: the mask, and the expressions for it."""
     id: int
     image_id: int
     image: str                  # path
     width: int
     height: int
-    segmentation: object        # polygons or RLE, in COCO's form
+    segmentations: list         # of each object: polygons or RLE, in COCO's form
     sentences: tuple
 
 
@@ -232,31 +236,37 @@ class ExpressionSet(Dataset):
 
 def read_pair(ref):
     """Reads the photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255."""
-    photo = read_photo(ref.image)
-    if photo.size != (ref.width, ref.height):
-        raise DataError(f"{ref.image}: {photo.width}x{photo.height} pixels, but instances.json "
-                        f"says {ref.width}x{ref.height}")
-    return photo, torch.from_numpy(decode_mask(ref) * 255)
+    try:
+        photo = read_photo(ref.image)
+        if photo.size != (ref.width, ref.height):
+            raise DataError(f"{ref.image}: {photo.width}x{photo.height} pixels, but "
+                            f"instances.json says {ref.width}x{ref.height}")
+        return photo, torch.from_numpy(decode_mask(ref) * 255)
+    except DataError as error:
+        raise DataError(f"{error}; --skip-broken leaves it out") from None
 
 
 def decode_mask(ref):
-    """The mask of a ref, uint8 (height, width), 0 and 1. Raises DataError if it has none."""
-    rle, size = ref.segmentation, [ref.height, ref.width]
+    """The mask of a ref, uint8 (height, width), 0 and 1. Raises DataError if an object has none."""
+    size = [ref.height, ref.width]
     try:
-        if isinstance(rle, list):
-            # pycocotools would take two points for a box, and memory for an outline far outside.
-            polygons = [p for p in rle if len(p) >= 6 and len(p) % 2 == 0]
-            if not polygons or not np.abs(np.concatenate(polygons)).max() < 4 * max(size):
-                raise ValueError("no polygon of three points or more, or one far outside")
-            rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *size))
-        elif isinstance(rle["counts"], list):
-            rle = pycocotools.mask.frPyObjects(rle, *size)
-        if list(rle["size"]) != size:
-            raise ValueError(f"RLE of size {rle['size']}")
-        mask = pycocotools.mask.decode(rle)
-        # pycocotools does not define the pixels after the end of a short RLE.
-        if not 0 < np.count_nonzero(mask) == pycocotools.mask.area(rle):
-            raise ValueError("an empty mask, or an RLE that does not fill the image")
+        mask = np.zeros(size, np.uint8, order="F")          # as pycocotools'
+        for rle in ref.segmentations:
+            if isinstance(rle, list):
+                # pycocotools takes two points for a box, and memory for an outline far outside.
+                polygons = [p for p in rle if len(p) >= 6 and len(p) % 2 == 0]
+                if not polygons or not np.abs(np.concatenate(polygons)).max() < 4 * max(size):
+                    raise ValueError("no polygon of three points or more, or one far outside")
+                rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *size))
+            elif isinstance(rle["counts"], list):
+                rle = pycocotools.mask.frPyObjects(rle, *size)
+            if list(rle["size"]) != size:
+                raise ValueError(f"RLE of size {rle['size']}")
+            part = pycocotools.mask.decode(rle)
+            # pycocotools does not define the pixels after the end of a short RLE.
+            if not 0 < np.count_nonzero(part) == pycocotools.mask.area(rle):
+                raise ValueError("an empty mask, or an RLE that does not fill the image")
+            mask |= part
     except Exception as error:              # an entry of a wrong type can raise nearly anything
         raise DataError(f"ref {reason(ref.id)} of {ref.image}, {ref.width}x{ref.height}: unusable "
                         f"segmentation in instances.json ({reason(error)})") from None
@@ -278,6 +288,8 @@ PUBLISHED_SIZES = {
 MIXED = ("refcoco", "refcoco+", "refcocog-umd")
 # NAME alone is the refs file of this SPLITBY. In folders of other names it is the only refs file.
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": None}
+# Of files of one SPLITBY the last is read: the pickle, as by gRefCOCO's own loader.
+REFS_FILES = ("grefs(*).json", "grefs(*).p", "refs(*).json", "refs(*).p")
 # Tokens per expression, with start and end, as the authors cut them.
 LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog-umd": 22, "refcocog-google": 22, "mixed": 22}
 WHERE = ("the README says where to get RefCOCO, RefCOCO+, RefCOCOg and the COCO images, and "
@@ -314,13 +326,14 @@ def held_out_splits(root, name):
 def find_data_sets(root):
     """The refs files in ROOT: {NAME or NAME-SPLITBY: path}. Raises DataError if there is none."""
     found = {}
-    for path in sorted(Path(root).glob("*/refs(*).p")):
-        name, split_by = path.parent.name, path.name[5:-3]
-        alone = len(list(path.parent.glob("refs(*).p"))) == 1
-        short = SPLIT_BY[name] == split_by if name in SPLIT_BY else alone
-        found[name if short else f"{name}-{split_by}"] = path
+    for folder in sorted(Path(root).glob("*")):
+        files = {path.stem.partition("(")[2][:-1]: path
+                 for pattern in REFS_FILES for path in folder.glob(pattern)}
+        for split_by, path in sorted(files.items()):
+            main = SPLIT_BY.get(folder.name, split_by if len(files) == 1 else None)
+            found[folder.name if split_by == main else f"{folder.name}-{split_by}"] = path
     if not found:
-        raise DataError(f"{root}: no folder with a refs(*).p in it; {WHERE}")
+        raise DataError(f"{root}: no folder with a {' or '.join(REFS_FILES)} in it; {WHERE}")
     return found
 
 
@@ -343,7 +356,10 @@ def read_refs(root, name):
     path = refs_file = files[name]
     try:
         with open(path, "rb") as file:          # a pickle of Python 2 or 3
-            entries = list(PlainUnpickler(file, encoding="utf-8", errors="replace").load())
+            entries = (json.load(file) if path.suffix == ".json" else
+                       PlainUnpickler(file, encoding="utf-8", errors="replace").load())
+        if not isinstance(entries, list):
+            raise ValueError("expected a list of refs")
         path = refs_file.with_name("instances.json")
         instances = json.loads(path.read_bytes())
         instances = {f"{kind} {entry['id']}": entry for kind in ("image", "annotation")
@@ -352,32 +368,37 @@ def read_refs(root, name):
         raise DataError(f"{path}: cannot be read ({reason(error)})") from None
     folders = [Path(root, "images/train2014"), Path(root, "images/mscoco/images/train2014"),
                Path(root, "images"), path.parent / "images"]
-    photos = {file: f"{place}/{file}"           # in the first of the folders that holds it
-              for place in reversed(folders) if place.is_dir() for file in os.listdir(place)}
-    if not photos:
+    if not any(place.is_dir() and any(place.iterdir()) for place in folders):
         raise DataError(f"no images in any of {', '.join(map(str, folders))}; {WHERE}")
+    find_photo = functools.cache(lambda name: next(
+        filter(os.path.isfile, (os.path.join(place, name) for place in folders)), None))
     splits, broken = {}, []
     for place, entry in enumerate(entries):
         try:
-            ref = read_ref(entry, instances, photos)
+            ref = read_ref(place, entry, instances, find_photo)
             splits.setdefault(entry["split"], []).append(ref)
         except Exception as error:          # an entry of a wrong type can raise nearly anything
             broken.append(f"{refs_file}, entry {place}: not a usable ref ({reason(error)})")
     return splits, broken
 
 
-def read_ref(entry, instances, photos):
-    """Makes a Ref from one entry of a refs file. A broken entry can raise any error."""
+def read_ref(place, entry, instances, find_photo):
+    """Makes a Ref from entry number `place` of a refs file. A broken entry can raise any error."""
     image = instances[f"image {entry['image_id']}"]
-    segmentation = instances[f"annotation {entry['ann_id']}"]["segmentation"]
-    name = image["file_name"]           # the entry's own file_name is not that of a file
-    if name not in photos:
-        raise DataError(f"no image folder holds {name}")
-    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
-    if not segmentation or not all(map(clean, sentences or [""])):
+    path = find_photo(image["file_name"])       # the entry's own file_name is not that of a file
+    if not path:
+        raise DataError(f"no image folder holds {image['file_name']}")
+    ids, sentences = (part if isinstance(part, (list, tuple)) else [part]
+                      for part in (entry["ann_id"], entry["sentences"]))
+    objects = [] if ids == [-1] else [instances[f"annotation {i}"] for i in ids]
+    if any(annotation["image_id"] != image["id"] for annotation in objects):
+        raise DataError("its annotation is of another image")
+    sentences = tuple(s if isinstance(s, str) else s["sent"] for s in sentences)
+    segmentations = [annotation["segmentation"] for annotation in objects]
+    if not ids or not all(segmentations) or not all(map(clean, sentences or [""])):
         raise DataError("its mask or an expression is empty")
-    return Ref(entry["ref_id"], entry["image_id"], photos[name], image["width"], image["height"],
-               segmentation, sentences)
+    return Ref(entry.get("ref_id", place), entry["image_id"], path, image["width"],
+               image["height"], segmentations, sentences)
 
 
 # ---- Tokenizer ------------------------------------------------------------------------------
@@ -429,8 +450,8 @@ class Tokenizer:
     """
 
     def __init__(self, path):
-        raw = path if isinstance(path, bytes) else Path(path).read_bytes()
         try:
+            raw = path if isinstance(path, bytes) else Path(path).read_bytes()
             raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
             self.text = raw.decode("utf-8")
             lines = self.text.split("\n")
@@ -438,7 +459,7 @@ class Tokenizer:
             if "#version" not in lines[0] or any(len(pair) != 2 for pair in pairs):
                 raise ValueError("expected a #version line, then two symbols a line")
         except Exception as error:          # damaged gzip data raise errors of several types
-            name = "the vocabulary" if isinstance(path, bytes) else path
+            name = "the vocabulary" if isinstance(path, bytes) else f"{path} (--vocabulary)"
             raise DataError(f"{name}: not a BPE vocabulary ({reason(error)})") from None
         vocabulary = [symbol + end for end in ("", "</w>") for symbol in BYTES.values()]
         vocabulary += ["".join(pair) for pair in pairs] + [START, END]
@@ -463,6 +484,64 @@ class Tokenizer:
             ids = [self.ids[START], *self.encode(text)[:length - 2], self.ids[END]]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
+
+
+# ---- Hugging Face's tables of RefCOCO -------------------------------------------------------
+
+@contextlib.contextmanager
+def drafting(folder):
+    """A folder to write to, which becomes `folder` when it is complete. DataError if it exists."""
+    if folder.exists():
+        raise DataError(f"{folder} exists already; remove it to write it again")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as temporary:
+        draft = Path(temporary, folder.name)
+        (draft / "images").mkdir(parents=True)
+        yield draft
+        draft.rename(folder)
+
+
+def convert_tables(files, folder):
+    """Writes Hugging Face's tables of RefCOCO (parquet) as a REFER data set. Raises DataError."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError("to read parquet files, pip install pyarrow") from None
+    images, annotations, refs = {}, {}, []
+    with drafting(folder) as draft:
+        for file in files:
+            place, row = 0, {}
+            try:
+                rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches(64)
+                        for row in batch.to_pylist())
+                for place, row in enumerate(rows):
+                    for image, annotation, ref in read_row(row, draft):
+                        images[image["id"]] = image
+                        annotations[annotation["id"]] = annotation
+                        refs.append(ref)
+            except Exception as error:      # a file or table of another kind can raise anything
+                raise DataError(f"{file}, row {place}: not as in jxu124/refcoco or moondream/"
+                                f"refcoco-m ({reason(error)}); columns: {', '.join(row)}") from None
+        coco = {"images": [*images.values()], "annotations": [*annotations.values()]}
+        split_by = SPLIT_BY.get(folder.name, folder.name) or "umd"
+        (draft / "instances.json").write_text(json.dumps(coco), encoding="utf-8")
+        (draft / f"refs({split_by}).json").write_text(json.dumps(refs), encoding="utf-8")
+
+
+def read_row(row, draft):
+    """Yields COCO's image, COCO's annotation, and the ref, of each ref in a table's row."""
+    if "raw_anns" in row:                   # jxu124's: one ref, the photo is elsewhere
+        yield (json.loads(row["raw_image_info"]), json.loads(row["raw_anns"]), {
+            key: row[key] for key in ("ref_id", "ann_id", "image_id", "split", "sentences")})
+        return
+    name, image_id = Path(row["file_name"]).name, row["image_id"]       # refcoco-m's, all of val
+    (draft / "images" / name).write_bytes(row["image"]["bytes"])
+    for sample in row["samples"]:
+        height, width = sample["mask"]["size"]
+        yield ({"id": image_id, "file_name": name, "width": width, "height": height},
+               {"id": sample["id"], "image_id": image_id, "segmentation": sample["mask"]},
+               {"ref_id": sample["id"], "ann_id": sample["id"], "image_id": image_id,
+                "split": "val", "sentences": sample["sentences"]})
 
 
 # ---- Drawn data: scenes of figures, and expressions that refer to exactly one of them -------
@@ -622,10 +701,7 @@ def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
     and WORDS. The folder appears only when it is complete.
     """
     folder = Path(root, name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=root) as temporary:
-        draft = Path(temporary, name)
-        (draft / "images").mkdir(parents=True)
+    with drafting(folder) as draft:
         coco, refs = {"images": [], "annotations": []}, []
         coco["categories"] = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
         todo = [split for split, number in scenes.items() for _ in range(number)]
@@ -637,7 +713,6 @@ def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
         (draft / f"refs({name}).p").write_bytes(pickle.dumps(refs, protocol=2))
         texts = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
         (draft / "merges.txt").write_text(learn_merges(texts + WORDS), encoding="utf-8")
-        draft.rename(folder)
     return folder
 
 
@@ -659,35 +734,44 @@ def learn_merges(texts):
 # ---- Command line ---------------------------------------------------------------------------
 
 def check(root):
-    """Prints a Markdown table that compares the data sets in ROOT with their published sizes."""
-    names = find_data_sets(root)
-    print("| data set | split | refs | expressions | |")
-    print("|---|---|---:|---:|---|")
+    """Prints a table of the data sets in ROOT, all masks decoded. DataError if one is broken."""
+    names, failed = find_data_sets(root), []
+    print("| data set | split | refs | expressions | |\n|---|---|---:|---:|---|")
     for name in names:
-        splits, broken = read_refs(root, name)
-        for split, refs in splits.items():
-            counts = len(refs), sum(len(ref.sentences) for ref in refs)
-            published = PUBLISHED_SIZES.get(name, {}).get(split, ())
-            differs = "published: " + " and ".join(f"{number:,}" for number in published)
-            verdict = "as published" if counts == published else differs if published else ""
-            print(f"| {name} | {split} | {counts[0]:,} | {counts[1]:,} | {verdict} |")
-        if broken:
-            print(f"| {name} | broken entries | {len(broken):,} | | {broken[0]} |")
+        try:
+            splits, broken = read_refs(root, name)
+            for split, refs in splits.items():
+                counts = len(refs), sum(len(ref.sentences) for ref in refs)
+                published = PUBLISHED_SIZES.get(name, {}).get(split, ())
+                differs = "published: " + " and ".join(f"{number:,}" for number in published)
+                verdict = "as published" if counts == published else differs if published else ""
+                print(f"| {name} | {split} | {counts[0]:,} | {counts[1]:,} | {verdict} |")
+            if broken:
+                raise DataError(f"{len(broken):,} broken entries, the first: {broken[0]}")
+            for ref in itertools.chain(*splits.values()):
+                decode_mask(ref)
+        except DataError as error:
+            print(f"| {name} | broken | | | {error} |")
+            failed.append(name)
+    if failed:
+        raise DataError(f"{root}: broken: {', '.join(failed)}")
 
 
 def main():
     parser = argparse.ArgumentParser(usage="\n" + __doc__.split("\n\n")[1])
-    parser.add_argument("command", choices=[*DOMAINS, "check"])
-    parser.add_argument("dir", metavar="DIR")
+    parser.add_argument("command", choices=[*DOMAINS, "check", "parquet"])
+    parser.add_argument("paths", metavar="PATH", nargs="+")
     args = parser.parse_args()
-    folder = Path(args.dir, args.command)
+    *files, folder = map(Path, args.paths)
     try:
+        if bool(files) != (args.command == "parquet"):
+            raise DataError("parquet takes files and a folder, the other commands one folder")
         if args.command == "check":
-            check(args.dir)
-        elif folder.exists():
-            raise DataError(f"{folder} exists already; remove it to draw again")
+            check(folder)
+        elif args.command == "parquet":
+            convert_tables(files, folder)
         else:
-            print(draw_shapes(args.dir, name=args.command))
+            print(draw_shapes(folder, name=args.command))
     except (DataError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
 

@@ -36,6 +36,9 @@ import model
 
 THRESHOLD = 0.35                        # of the probability, as in the authors' programs
 LEVELS = (50, 60, 70, 80, 90)           # of P@0.5 to P@0.9, in percent
+EMPTY = 50                              # in gRefCOCO, masks of fewer pixels count as empty
+HEADINGS = {"miou": "mIoU", "oiou": "oIoU", **{f"p{p}": f"P@{p / 100}" for p in LEVELS}}
+GRES = {"miou": "mIoU (gIoU)", "oiou": "oIoU (cIoU)", "n_acc": "N-acc", "t_acc": "T-acc"}
 BAD_INPUT = (model.WeightsError, model.ConfigError, data.DataError, OSError)
 
 
@@ -56,7 +59,7 @@ def probabilities(net, images, tokens, device, dtype):
 
 def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0, world=1,
              name="evaluating"):
-    """Index, intersection and union (pixels) of every expression: int64 (expressions, 3).
+    """Index and pixels of every expression, int64 (expressions, 4): intersection, union, truth.
 
     The processes take whole batches in turn. So any number of processes computes the same batches
     and counts every expression once. All of them get the full table.
@@ -77,11 +80,11 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
             predicted = data.unletterbox(square, *truth.shape[::-1]) > THRESHOLD
             # 5. Intersection and union at the photo's own size. The authors add 1e-6 to the union
             #    and read the annotation from a PNG that was drawn from the same polygons.
-            pixels += [(predicted & truth).sum(), (predicted | truth).sum()]
+            pixels += [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
         pixels = torch.stack(pixels).tolist()           # waits for a GPU, once a batch
-        rows += zip(indices, pixels[::2], pixels[1::2])
+        rows += zip(indices, pixels[::3], pixels[1::3], pixels[2::3])
     rows = sorted(sum(from_all(rows, world), []))
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 
 def collate(samples):
@@ -95,15 +98,34 @@ def collate(samples):
 
 def metrics(table):
     """The figures of a table from `overlaps`: mIoU, oIoU and P@0.5 to P@0.9 in percent, and the
-    number of expressions. Raises DataError for an empty table."""
-    _, intersections, unions = table.T
+    number of expressions. Raises DataError for an empty table.
+
+    In gRefCOCO, mIoU is GRES's gIoU and oIoU its cIoU. N-acc is the share of empty predictions
+    among expressions without target, T-acc of others among the rest, which P@ is taken over.
+    """
     if not len(table):
         raise data.DataError("no expression could be evaluated: every photo is broken")
-    ious = intersections / unions
-    return {"miou": 100 * float(ious.mean()),
-            "oiou": 100 * float(intersections.sum() / unions.sum()),
-            **{f"p{p}": 100 * float((ious > p / 100).mean()) for p in LEVELS},
-            "expressions": len(table)}
+    intersections, unions, ious, empty = count_overlaps(table)
+    targets = table[:, 3] > 0
+    found = {"miou": ious.mean(), "oiou": intersections.sum() / unions.sum(),
+             **{f"p{p}": (ious[targets] > p / 100).mean() for p in LEVELS}}
+    if not targets.all():
+        found |= {"n_acc": empty[~targets].mean(), "t_acc": (~empty[targets]).mean()}
+    return {**{key: 100 * float(value) for key, value in found.items()}, "expressions": len(table)}
+
+
+def count_overlaps(table):
+    """Each row's intersection, union and IoU, and whether its prediction counts as empty.
+
+    If some expressions have no target, predictions of fewer than 50 pixels are empty, as for GRES's
+    baselines. They have intersection 0; without target also union 0 and IoU 1, where any other
+    prediction has IoU 0 and adds to the unions (ReLA, gres_model/evaluation/refer_evaluation.py).
+    """
+    _, intersections, unions, targets = table.T
+    empty = (targets.min() == 0) & (unions - targets + intersections < EMPTY)
+    intersections = np.where(empty, 0, intersections)
+    unions = np.where(empty & (targets == 0), 0, unions)
+    return intersections, unions, np.where(unions, intersections / np.maximum(1, unions), 1), empty
 
 
 # ---- One photo ------------------------------------------------------------------------------
@@ -140,7 +162,7 @@ def predict_one(args, device, dtype):
 def evaluate_all(args, rank, world, device, dtype):
     """Evaluates checkpoints on splits. Prints the row of a Markdown table and writes --json,
     {checkpoint: {split: metrics}}, after every split."""
-    results = {}
+    results, columns = {}, 0
     for path in args.ckpt:
         net, tokenizer, checkpoint = load_checkpoint(path, args, device)
         run, released = checkpoint["run"], "released" in checkpoint
@@ -168,11 +190,13 @@ def evaluate_all(args, rank, world, device, dtype):
                 print(f"{name} {split}: left out {broken} broken entries of all splits, and "
                       f"{len(dataset) - len(table)} expressions with a broken photo or mask",
                       file=sys.stderr)
-            if not results:
-                print(table_row("checkpoint", "preset", "tuned", "split", "expressions", "mIoU",
-                                "oIoU", *(f"P@{p / 100}" for p in LEVELS), "trained for"))
-                print("|---|---|---:|---|" + "---:|" * (4 + len(LEVELS)))
             *percentages, expressions = figures.values()
+            if len(percentages) != columns:             # the first row, or the first with N-acc
+                columns = len(percentages)
+                names = HEADINGS | (GRES if "n_acc" in figures else {})
+                print(table_row("checkpoint", "preset", "tuned", "split", "expressions",
+                                *map(names.get, [*figures][:-1]), "trained for"))
+                print("|---|---|---:|---|" + "---:|" * (2 + columns))
             print(table_row(*about, split, expressions, *percentages, time), flush=True)
             results.setdefault(path, {})[split] = figures
             if args.json:
@@ -223,7 +247,8 @@ def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
         photo, mask = data.read_pair(ref)
         truth = mask.numpy() > 0
         predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
-        iou = (predicted & truth).sum() / (predicted | truth).sum()
+        pixels = [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
+        iou = count_overlaps(np.array([[place, *pixels]]))[2].item()
         left, top = i % columns * width + 10, i // columns * height + 6
         sentence = data.clean(sentence)
         while pen.textlength(sentence, font) > 3 * tile - 80:

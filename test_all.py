@@ -1240,16 +1240,18 @@ class Refer(unittest.TestCase):
         self.refs = [{"ref_id": a + 100, "ann_id": a, "image_id": i, "category_id": 1,
                       "split": "val" if a == 17 else "train",
                       "file_name": f"COCO_train2014_{i:012d}_{a}.jpg",
-                      "sentences": [{"sent": text, "sent_id": a} for text in (name, "it")]}
+                      "sentences": [{"sent": text, "raw": text, "tokens": text.split(),
+                                     "sent_id": a} for text in (name, "it")]}
                      for a, (name, _, i) in truth.items()]
         self.write("refcoco", "unc", self.refs)
         self.tokenizer = data.Tokenizer(b"#version: 0.2\n")
 
-    def write(self, name, split_by, refs):
+    def write(self, name, split_by, refs, file="refs({}).p"):
         data.read_refs.cache_clear()
         (self.root / name).mkdir(exist_ok=True)
-        (self.root / name / f"refs({split_by}).p").write_bytes(
-            refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=2))
+        (self.root / name / file.format(split_by)).write_bytes(
+            refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=2)
+            if file.endswith("p") else json.dumps(refs).encode())
         (self.root / name / "instances.json").write_text(json.dumps(self.instances))
 
     def read(self, name="refcoco", split="train", **options):
@@ -1293,6 +1295,62 @@ class Refer(unittest.TestCase):
         ref, = self.read()
         self.assertEqual((ref.id, ref.sentences), (1, ("café",)))
 
+    def test_json(self):
+        """Entries of four keys, and a photo in a folder of the folder."""
+        expected, photo = self.read(), self.root / "mine" / "images" / "by day" / "a.png"
+        photo.parent.mkdir(parents=True)
+        self.photos[5].rename(photo)
+        self.instances["images"][4]["file_name"] = "by day/a.png"
+        self.write("mine", "x", [
+            {**{key: ref[key] for key in ("image_id", "ann_id", "split")},
+             "sentences": [s["sent"] for s in ref["sentences"]]} for ref in self.refs],
+                   "refs({}).json")
+        self.assertEqual(self.read("mine"), [
+            ref._replace(id=i, image=str(photo) if ref.image_id == 5 else ref.image)
+            for i, ref in enumerate(expected)])
+
+    def test_several_objects_or_none(self):
+        """gRefCOCO: masks are joined, or empty. What is broken is named, and can be left out."""
+        for ids, message in (([11, -1], "no 'annotation -1'"), ([], "its mask or an expr"),
+                             ([11, 13], "its annotation is of another image")):
+            self.write("mine", "unc", [
+                {"image_id": 1, "ann_id": i, "split": "train", "sentences": "them"}
+                for i in ([11, 12], [-1], [12], ids)], "grefs({}).json")
+            refs = self.read("mine", skip_broken=True)
+            self.assertEqual([int(data.decode_mask(ref).sum()) for ref in refs], [1000, 0, 400])
+            with self.assertRaisesRegex(data.DataError, f"entry 3: .*{message}.*--skip-broken"):
+                self.read("mine")
+        self.assertEqual(data.TrainSet(refs, self.tokenizer, 64, 17)[1, 1]["mask"].max(), 0)
+
+    @unittest.skipUnless(importlib.util.find_spec("pyarrow"), "pyarrow is not installed")
+    def test_hugging_faces_tables(self):
+        import pyarrow.parquet
+        images, objects = ({entry["id"]: json.dumps(entry) for entry in self.instances[key]}
+                           for key in ("images", "annotations"))
+        rows = [{**ref, "bbox": [0.5, 1, 2, 3], "raw_anns": objects[ref["ann_id"]],
+                 "raw_image_info": images[ref["image_id"]]} for ref in self.refs]
+        photo = {"image": {"bytes": self.photos[3].read_bytes(), "path": "x.jpg"}, "image_id": 3,
+                 "file_name": "new.jpg", "samples": [{
+                     "id": 14, "category": "cat", "sentences": ["it"], "bbox": [7, 0, 1, 60],
+                     "mask": self.instances["annotations"][3]["segmentation"]}]}
+        files = [self.root / f"{i}.parquet" for i in range(4)]
+        for file, table in zip(files, (rows[:4], rows[4:], [photo], [{"a": 1, "b": 2}])):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), file)
+        it = self.read()[3]._replace(id=14, sentences=("it",),
+                                     image=str(self.root / "m" / "images" / "new.jpg"))
+        for inputs, name, read_as, split, expected in (
+                (files[:2], "refcoco+", "refcoco+", "val", self.read(split="val")),
+                (files[:2], "refcocog", "refcocog-umd", "train", self.read()),
+                (files[2:3], "m", "m", "val", [it])):
+            self.assertEqual(program(data, "parquet", *inputs, self.root / name)[0], 0)
+            self.assertEqual(self.read(read_as, split), expected)
+        for inputs, name, message in (
+                (files[3:4], "new", "3.parquet, row 0: not as in .*; columns: a, b"),
+                ([files[0], self.photos[1]], "new", "1.jpg, row 0: not as in .*agic"),
+                ([], "new", "takes files and a folder"), (files[:1], "m", "m exists already")):
+            refused(self, data, ["parquet", *inputs, self.root / name], message)
+        self.assertFalse([*self.root.glob("*new*"), *self.root.glob("*.tmp")])
+
     def read_all(self, skip_broken):
         """Reads all of train, and a training sample: how many entries were left out."""
         data.read_refs.cache_clear()
@@ -1312,6 +1370,7 @@ class Refer(unittest.TestCase):
         whole = {path: path.read_bytes() for path in (*files, photo)}
         for where, change, message in (
                 (refs, pickle.dumps([Harm(self.root / "h")]), r"asks for \w+.mkdir, which could"),
+                (refs, pickle.dumps({"refs": []}), "expected a list of refs"),
                 (refs, whole[refs][:-50], r"refs\(unc\).p: cannot be read"),
                 (coco, whole[coco][:99], "instances.json: cannot be read"),
                 (coco, b'{"annotations": []}', "no 'images'"),
@@ -1367,7 +1426,7 @@ class Refer(unittest.TestCase):
     def test_broken_photos_are_refused_or_skipped(self):
         self.photos[1].write_bytes(self.photos[1].read_bytes()[:200])
         for dataset, broken in ((data.TrainSet, (1, 0)), (data.ExpressionSet, 0)):
-            with self.assertRaisesRegex(data.DataError, "1.jpg: cannot be read as an image"):
+            with self.assertRaisesRegex(data.DataError, "1.jpg: cannot be read as .*--skip-broken"):
                 dataset(self.read(), self.tokenizer, 64, 17)[broken]
         train_set, expressions = (dataset(self.read(), self.tokenizer, 64, 17, skip_broken=True)
                                   for dataset in (data.TrainSet, data.ExpressionSet))
@@ -1399,11 +1458,22 @@ class Refer(unittest.TestCase):
         data.read_refs.cache_clear()
         with self.assertRaisesRegex(data.DataError, "no images in any of .*train2014"):
             self.read()
+        with mock.patch.dict(sys.modules, pyarrow=None):
+            refused(self, data, ["parquet", "x.parquet", self.root / "x"], "pip install pyarrow")
 
     def test_check_prints_a_table(self):
         status, out, _ = program(data, "check", self.root)
         self.assertEqual(status, 0)
         self.assertIn("| refcoco | train | 6 | 12 | published: 42,404 and 120,624 |", out)
+        self.write("a", "x", b"no pickle")
+        self.write("b", "x", [{**self.refs[0], "image_id": 9}, *self.refs])
+        self.instances["annotations"][0]["segmentation"] = [[1, 1, 2, 2]]
+        self.write("c", "x", self.refs)
+        status, out, err = program(data, "check", self.root)
+        for row in ("a .* broken .*cannot be read", "b .* train .* 6 .* 12 ", "c .* val .* 1 .* 2 ",
+                    "b .* broken .*entry 0: .*no 'image 9'", "c .* broken .*ref 111 of "):
+            self.assertRegex(out, rf"(?m)^\| {row}")
+        self.assertEqual((status, lines_of(err)), (2, [f"data.py: {self.root}: broken: a, b, c"]))
 
 
 class Hostile(unittest.TestCase):
@@ -1460,7 +1530,7 @@ class Drawn(unittest.TestCase):
             splits, broken = data.read_refs(root, name)
             self.assertEqual((set(splits), broken), ({"train", "val", "test"}, []))
             refs = splits["train"]
-            self.assertEqual({type(ref.segmentation) for ref in refs}, {list, dict})
+            self.assertEqual({type(ref.segmentations[0]) for ref in refs}, {list, dict})
             self.assertTrue(all(data.decode_mask(ref).sum() > 20 for ref in refs))
             tokenizer = data.Tokenizer(home / "merges.txt")         # a word is a token
             self.assertEqual(len(tokenizer.encode(text)), len(text.split()))
@@ -1470,12 +1540,20 @@ class Drawn(unittest.TestCase):
 
 class Metrics(unittest.TestCase):
     def test_by_hand(self):
-        table = np.array([[0, 1, 2], [1, 3, 4], [2, 95, 100], [3, 0, 10]])
+        table = np.array([[0, 1, 2, 2], [1, 3, 4, 3], [2, 95, 100, 99], [3, 0, 10, 1]])
         found = evaluate.metrics(table)
         self.assertAlmostEqual(found["miou"], 100 * (0.5 + 0.75 + 0.95 + 0) / 4)
         self.assertAlmostEqual(found["oiou"], 100 * 99 / 116)
         self.assertEqual([found[f"p{p}"] for p in (50, 60, 70, 80, 90)], [50, 50, 50, 25, 25])
-        self.assertEqual(found["expressions"], 4)
+        self.assertEqual((len(found), found["expressions"]), (8, 4))
+
+    def test_expressions_without_target_by_hand(self):
+        """A prediction of 49 pixels is empty, one of 50 is not; then the same with a target."""
+        found = evaluate.metrics(np.array([[0, 0, 49, 0], [1, 0, 50, 0], [2, 49, 99, 99],
+                                           [3, 50, 100, 100], [4, 80, 120, 100]]))
+        for key, value in {"miou": (1 + 0 + 0 + 1 / 2 + 2 / 3) / 5, "n_acc": 1 / 2, "t_acc": 2 / 3,
+                           "oiou": 130 / (50 + 99 + 100 + 120), "p50": 1 / 3}.items():
+            self.assertAlmostEqual(found[key], 100 * value, msg=key)
 
     def test_probabilities_keep_the_corners(self):
         logits, images = torch.randn(2, 1, 8, 8), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
@@ -1517,9 +1595,9 @@ class Evaluating(unittest.TestCase):
         for ref in (ref for ref in self.refs if ref.image != self.last.image):
             photo, mask = data.read_pair(ref)
             for sentence in ref.sentences:
-                predicted = evaluate.predict(self.net, self.tokenizer, photo, sentence, CPU)
+                guess = evaluate.predict(self.net, self.tokenizer, photo, sentence, CPU)
                 truth = mask.numpy() > 0
-                rows.append((len(rows), (predicted & truth).sum(), (predicted | truth).sum()))
+                rows.append([len(rows), *map(np.sum, (guess & truth, guess | truth, truth))])
         for world in (1, 2, 3):
             file, panel = self.root / f"{world}.json", self.root / f"{world}.png"
             statuses, lines = launch([
@@ -1682,6 +1760,18 @@ class Runs(unittest.TestCase):
         config = model.read_checkpoint(run / "best.pt")["config"]
         self.assertEqual((config.method, config.length), ("barleria", 22))
         self.assertLess(self.log(run)[0]["loss"], 0.7)
+
+    def test_expressions_without_target_are_learned_and_evaluated(self):
+        root = folder(self)
+        refs = data.draw_shapes(root, self.SCENES) / "refs(shapes).p"
+        entries = pickle.loads(refs.read_bytes())
+        refs.write_bytes(pickle.dumps([entry if entry["ref_id"] % 2 else {**entry, "ann_id": [-1]}
+                                       for entry in entries]))
+        for module, arguments in ((train, [*SMALL_RUN, "--epochs", 1, "--out", root]),
+                                  (evaluate, ["--ckpt", root / "best.pt", "--split", "val"])):
+            status, out, err = program(module, *arguments, "--data", root)
+            self.assertEqual(status, 0, err)
+        self.assertRegex(out, r"\| mIoU \(gIoU\) \| oIoU \(cIoU\) .*\| N-acc \| T-acc \|(.|\n)+val")
 
     def test_towers_are_carried_to_another_domain(self):
         place, best = folder(self), self.root / "whole1" / "best.pt"
