@@ -4,7 +4,7 @@ One block, for tokens x (B, N, D), before a tuning method adds to it:
 
     q, k, v = W_qkv norm(x) + b_qkv                      each (B, N, D), cut into heads
     a = softmax(q k^T / sqrt(D / heads)) v               for each head
-    x = x + scale (W_out a + b_out)                      the scale: of DINOv2 alone
+    x = x + scale (W_out a + b_out)                      the scale: DINOv2's, DINOv3's
     h = activation(W_up norm(x) + b_up)                  (B, N, 4D)
     x = x + scale (W_down h + b_down)
 
@@ -16,7 +16,8 @@ The order in which two towers take these steps *is* the tuning method. A method 
 to a block as an `Attached` tuple, or wraps one of its layers. No adapter is defined in this file.
 
 References: DINOv2 with registers (https://github.com/facebookresearch/dinov2), CLIP
-(https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA).
+(https://github.com/openai/CLIP), EVA-02 as CLIP (https://github.com/baaivision/EVA), DINOv3
+(https://github.com/facebookresearch/dinov3; neither paper uses it).
 
     python backbones.py download dinov2-b clip-b vocabulary     into pretrained/
 """
@@ -66,14 +67,14 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; EVA-02's has no key bias, and a LayerNorm before `out`."""
+    """Multi-head self-attention; EVA-02's has a LayerNorm before `out`."""
 
     def __init__(self, width, heads, family):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width, bias=not family.eva)
+        self.qkv = Linear(width, 3 * width, bias=family.key_bias)
         self.query_bias, self.value_bias = (
-            nn.Parameter(torch.zeros(width)) if family.eva else None for _ in range(2))
+            None if family.key_bias else nn.Parameter(torch.zeros(width)) for _ in range(2))
         self.norm = nn.LayerNorm(width, family.eps) if family.eva else nn.Identity()
         self.out = Linear(width, width)
 
@@ -104,7 +105,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel (DINOv2)."""
+    """A learned factor per channel (DINOv2, DINOv3)."""
 
     def __init__(self, width):
         super().__init__()
@@ -164,11 +165,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 # ---- The two towers -------------------------------------------------------------------------
 
 class ViT(nn.Module):
-    """Vision transformer: DINOv2 with registers, CLIP's, or EVA-02 as CLIP, by its family.
+    """Vision transformer: DINOv2 with registers, DINOv3, CLIP's, or EVA-02 as CLIP, by its family.
 
     Tokens are [class, registers, patches row by row], (B, 1 + registers + H/P * W/P, D). The
     learned grid of positions is resized to the image's own grid, bicubically; DINOv2's antialiased,
-    as published. Raises ValueError if the patch does not divide the image.
+    as published. DINOv3 has no such grid. Raises ValueError if the patch does not divide the image.
     """
 
     def __init__(self, shape):
@@ -185,9 +186,10 @@ class ViT(nn.Module):
         # Final tokens (B, N, D) into CLIP's space (B, N, E); unchanged in towers without one.
         self.projection = (Linear(width, shape.embed, bias=family.eva) if shape.embed else
                            nn.Identity())
+        positions = 1 + shape.grid ** 2 if shape.grid else 0
         self.class_token, self.registers, self.position = (
             nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, tokens, width), std=0.02))
-            if tokens else None for tokens in (1, shape.registers, 1 + shape.grid ** 2))
+            if tokens else None for tokens in (1, shape.registers, positions))
 
     def grid(self, images):
         """Rows and columns of patches of images (B, 3, H, W)."""
@@ -211,26 +213,37 @@ class ViT(nn.Module):
         return torch.cat([class_position, patches], dim=1)
 
     def rotary_tables(self, grid):
-        """By how much EVA-02 rotates queries and keys at every place of a grid (rows, columns).
+        """By how much queries and keys are rotated at every place of a grid (rows, columns).
 
-        Cosines and sines, (rows * columns, channels of a head), each angle twice in a row. Half of
-        the channels is rotated by the row, half by the column, pair i of each at the rate
-        10000^(-4i / channels). Any grid is rescaled to the 16x16 of pretraining. None for others.
+        Cosines and sines, (rows * columns, channels of a head), in single precision, and whether
+        the two channels of a pair are half a head apart or neighbours. Half of the pairs is rotated
+        by the row, half by the column, pair i of each at the rate base^(-4i / channels). EVA-02:
+        neighbours, base 10000, and any grid is rescaled to the 16x16 of pretraining. DINOv3: half
+        a head apart, base 100, full turns, and any grid spans -1 to 1. None for other towers.
         """
-        if not FAMILIES[self.shape.family].eva:
+        halves = FAMILIES[self.shape.family].rotary_halves
+        if halves is None:
             return None
-        device, half = self.position.device, self.shape.width // self.shape.heads // 2
-        rates = 10000 ** -(torch.arange(0, half, 2, device=device) / half)
-        rows, columns = (torch.arange(side, device=device) / side * 16 for side in grid)
-        places = torch.cartesian_prod(rows, columns)                        # (places, 2)
-        angles = (places[:, :, None] * rates).flatten(1).repeat_interleave(2, dim=-1)
-        return angles.cos(), angles.sin()
+        device, quarter = self.class_token.device, self.shape.width // self.shape.heads // 4
+        exponents = torch.arange(quarter, device=device) / quarter
+        sides = [torch.arange(side, device=device) for side in grid]
+        if halves:
+            rates = 2 * math.pi * 100 ** -exponents
+            sides = [(numbers + 0.5) / len(numbers) * 2 - 1 for numbers in sides]
+        else:
+            rates = 10000 ** -exponents
+            sides = [numbers / len(numbers) * 16 for numbers in sides]
+        places = torch.cartesian_prod(*sides)                               # (places, 2)
+        angles = (places[:, :, None] * rates).flatten(1)                    # one for each pair
+        angles = angles.repeat(1, 2) if halves else angles.repeat_interleave(2, dim=-1)
+        return angles.cos(), angles.sin(), halves
 
     def resize(self, image_size):
         """Resizes the stored grid of positions once, to that of square images of this size."""
         grid = self.grid(torch.empty(0, 3, image_size, image_size, device="meta"))
-        self.position = nn.Parameter(self.positions(grid).detach(), self.position.requires_grad)
-        self.shape = self.shape._replace(grid=grid[0])
+        if self.position is not None:
+            self.position = nn.Parameter(self.positions(grid).detach(), self.position.requires_grad)
+            self.shape = self.shape._replace(grid=grid[0])
 
     def embed(self, images):
         """Images (B, 3, H, W), normalised, to the tokens that enter the first block."""
@@ -238,7 +251,8 @@ class ViT(nn.Module):
         patches = self.patch(images).flatten(2).transpose(1, 2)             # (B, H/P * W/P, D)
         batch = len(patches)
         x = torch.cat([self.class_token.expand(batch, -1, -1), patches], dim=1)
-        x = x + self.positions(grid)
+        if self.position is not None:
+            x = x + self.positions(grid)
         if self.registers is not None:
             x = torch.cat([x[:, :1], self.registers.expand(batch, -1, -1), x[:, 1:]], dim=1)
         return self.norm_before(x)
@@ -302,15 +316,16 @@ def after_end(tokens):
 
 # ---- Rotary positions, families and shapes --------------------------------------------------
 
-def rotate(x, cos, sin):
+def rotate(x, cos, sin, halves):
     """Rotary positions: rotates pairs of channels of the patches' tokens, which are the last ones.
 
-    x is (B, heads, N, C); cos and sin, (patches, C), are those of `ViT.rotary_tables`. The
-    tokens before the patches have no position and are not rotated.
+    x is (B, heads, N, C); cos and sin, (patches, C), and `halves` are those of
+    `ViT.rotary_tables`. The tokens before the patches have no position and are not rotated.
     """
     others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
-    first, second = image.unflatten(-1, (-1, 2)).unbind(-1)
-    quarter = torch.stack([-second, first], dim=-1).flatten(-2)             # rotated by 90 degrees
+    pairs, axis = ((2, -1), -2) if halves else ((-1, 2), -1)
+    first, second = image.unflatten(-1, pairs).unbind(axis)
+    quarter = torch.stack([-second, first], axis).flatten(-2)               # rotated by 90 degrees
     return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
 
 
@@ -324,15 +339,19 @@ class Family(NamedTuple):
     eps: float = 1e-5               # of the LayerNorms
     causal: bool = False            # a token sees itself and those before it
     layer_scale: bool = False       # a learned factor per channel at the end of both branches
-    eva: bool = False               # EVA-02: rotary positions, a gated MLP, norms inside both
+    key_bias: bool = True           # False: only queries and values have a bias
+    rotary_halves: bool | None = None   # of `ViT.rotary_tables`; None: no rotary positions
+    eva: bool = False               # EVA-02: a gated MLP, norms inside attention and MLP
     norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
     antialias: bool = False         # when the grid of positions is resized
 
 
 FAMILIES = {
     "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, antialias=True),
+    # Trained on photos normalised by ImageNet's mean and deviation; given CLIP's here, as DINOv2.
+    "dinov3": Family(F.gelu, layer_scale=True, key_bias=False, rotary_halves=True),
     "clip": Family(quick_gelu, norm_before=True),
-    "eva": Family(F.silu, eps=1e-6, eva=True),
+    "eva": Family(F.silu, eps=1e-6, key_bias=False, rotary_halves=False, eva=True),
     "clip text": Family(quick_gelu, causal=True),
     "eva text": Family(F.gelu, causal=True),
 }
@@ -344,7 +363,7 @@ class VisionShape(NamedTuple):
     width: int
     depth: int
     heads: int
-    grid: int               # side of the grid of learned positions
+    grid: int               # side of the grid of learned positions; 0: there is none
     registers: int = 0
     embed: int = 0          # width of the space shared with the text, where there is one
     family: str = "dinov2"  # a name in FAMILIES
@@ -364,6 +383,8 @@ class TextShape(NamedTuple):
 VISION = {
     "dinov2-b": VisionShape(14, 768, 12, 12, grid=37, registers=4),
     "dinov2-l": VisionShape(14, 1024, 24, 16, grid=37, registers=4),
+    "dinov3-b": VisionShape(16, 768, 12, 12, grid=0, registers=4, family="dinov3"),
+    "dinov3-l": VisionShape(16, 1024, 24, 16, grid=0, registers=4, family="dinov3"),
     "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="clip"),
     "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, family="clip"),
     "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="eva"),
@@ -383,8 +404,9 @@ TEXT = {
 class Published(NamedTuple):
     """A file: its name, its address, and its SHA-256 where the publisher gives one."""
     file: str
-    address: str
+    address: str            # of a gated file: the page on which to ask for access
     sha256: str | None = None
+    gated: bool = False
 
 
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
@@ -400,6 +422,12 @@ PUBLISHED = {name: Published(address.rsplit("/", 1)[1], address, *digest)
     ("eva-b", "https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_B_psz16_s8B.pt"),
     ("vocabulary", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
      "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"))}
+PUBLISHED |= {
+    name: Published(f"dinov3_{model}_pretrain_lvd1689m-{digest}.pth",
+                    "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/",
+                    gated=True)
+    for name, model, digest in (("dinov3-b", "vitb16", "73cec8be"),
+                                ("dinov3-l", "vitl16", "8aa4cbdd"))}
 
 
 def columns(table):
@@ -446,8 +474,21 @@ HF_DINOV2_NAMES = DINOV2_NAMES + [          # Hugging Face renamed DINOv2's laye
     ("attn.proj", "attention.output.dense"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"),
     ("pos_embed", "position_embeddings"), ("patch_embed.proj", "patch_embeddings.projection"),
     ("^(?=cls|pos|reg|patch)", "embeddings.")]
+DINOV3_NAMES = [                            # Meta's own, after `separate_biases`
+    ("^registers", "storage_tokens"), (".attention.(q|v)[a-z]+_bias", r".attn.qkv.bias.\1"),
+    *DINOV2_NAMES]
+TIMM_DINOV3_NAMES = [
+    ("^registers", "reg_token"), (r".scale(\d).gamma", r".gamma_\1"),
+    (".attention.(q|v)[a-z]+_bias", r".attn.\1_bias"), *DINOV2_NAMES]
+HF_DINOV3_NAMES = [
+    (".qkv", ".qkv_proj"), (".attention.(q|v)[a-z]+_bias", r".attention.\1_proj.bias"),
+    (".attention.out", ".attention.o_proj"), (r".scale(\d).gamma", r".layer_scale\1.lambda1"),
+    (".mlp.(up|down)", r".mlp.\1_proj"), ("^patch", "patch_embeddings"),
+    ("^class_token", "cls_token"), ("^registers", "register_tokens"),
+    ("^(?=cls|reg|patch)", "embeddings."), ("^blocks", "layer")]
 # Tensors of the files that no tower needs: of pretraining alone, computed here, or plain numbers.
-UNUSED = "mask_token|logit_scale|freqs_|position_ids|_resolution|context_length|vocab_size"
+UNUSED = ("mask_token|logit_scale|freqs_|periods|bias_mask|position_ids|_resolution|context_length|"
+          "vocab_size")
 
 # A tensor that only these files have: family, names, what query, key and value layers are called.
 FUSED, APART = ("qkv",), ("q", "k", "v")
@@ -456,6 +497,9 @@ LAYOUTS = {
         "register_tokens": ("dinov2", DINOV2_NAMES, FUSED),
         "visual.class_embedding": ("clip", CLIP_VISION_NAMES, FUSED),
         "visual.blocks.0.attn.inner_attn_ln.weight": ("eva", EVA_NAMES, APART),
+        "storage_tokens": ("dinov3", DINOV3_NAMES, FUSED),
+        "blocks.0.gamma_1": ("dinov3", TIMM_DINOV3_NAMES, FUSED),
+        "layer.0.attention.q_proj.weight": ("dinov3", HF_DINOV3_NAMES, APART),
         "embeddings.register_tokens": ("dinov2", HF_DINOV2_NAMES, ("query", "key", "value")),
         "vision_model.embeddings.class_embedding": (
             "clip", HF_CLIP_NAMES + [("^(?!visual_)", "vision_model.")], APART)},
@@ -471,20 +515,21 @@ LAYOUTS = {
 def load_vision(path, image_size=None, state=None):
     """A frozen vision tower from a published file; its tensors tell the family and the sizes.
 
-    The families: DINOv2 with registers, CLIP, and EVA-02 as CLIP, as their authors published them;
-    the first two also in Hugging Face's layout, the file or its folder. `tower(images)`, of images
-    (B, 3, H, W), gives the final normed tokens (B, N, D). `image_size` (pixels) resizes the grid of
-    positions once; without it, the grid is resized for every input. `state`: the tensors, if they
-    were read. Raises WeightsError, naming the tensor, for anything missing, extra or misshapen;
-    OSError if the file cannot be read; ValueError if the patch does not divide `image_size`.
+    The families: DINOv2 with registers, DINOv3, CLIP, and EVA-02 as CLIP, as their authors
+    published them; the first three also in Hugging Face's layout, the file or its folder, and
+    DINOv3 in timm's. `tower(images)`, of images (B, 3, H, W), gives the final normed tokens
+    (B, N, D). `image_size` (pixels) resizes the grid of positions once; without it, the grid is
+    resized for every input. `state`: the tensors, if they were read. Raises WeightsError, naming
+    the tensor, for anything missing, extra or misshapen; OSError if the file cannot be read;
+    ValueError if the patch does not divide `image_size`.
     """
     def shape(size, depth, family):
-        width, dinov2 = size("patch.weight", 0), family == "dinov2"
+        width, dino = size("patch.weight", 0), family in ("dinov2", "dinov3")
         return VisionShape(
             size("patch.weight", 3), width, depth, heads=width // 64,
-            grid=math.isqrt(size("position", -2) - 1),
-            registers=size("registers", 1) if dinov2 else 0,
-            embed=0 if dinov2 else size("projection.weight", 0), family=family)
+            grid=0 if family == "dinov3" else max(1, math.isqrt(size("position", -2) - 1)),
+            registers=size("registers", 1) if dino else 0,
+            embed=0 if dino else size("projection.weight", 0), family=family)
 
     tower = load_tower("vision", path, state, ViT, shape)
     if image_size is not None:
@@ -520,6 +565,8 @@ def load_tower(kind, path, state, tower_class, shape):
     prefix = r"visual|vision_" if family in ("clip", "eva") else r"(?!visual|vision_)"
     state = {name: tensor for name, tensor in state.items()
              if re.match(prefix, name) and not re.search(UNUSED, name)}
+    if family == "dinov3":
+        separate_biases(state)
     for name in {"visual.proj", "text_projection.weight"} & state.keys():
         state[f"{name}.T"] = state.pop(name).t()        # stored as the transpose of ours
     blocks = renamed("blocks.", names)
@@ -539,6 +586,20 @@ def load_tower(kind, path, state, tower_class, shape):
             expected[renamed(name, names).replace("qkv", word)] = rows
     load_tensors(expected, state, path)
     return tower.requires_grad_(False)
+
+
+def separate_biases(state):
+    """Gives DINOv3's tensors a bias for queries and one for values, as most of its files have them.
+
+    Meta's have a single one for queries, keys and values, and a mask that sets the keys' to zero.
+    timm's have none, unless their name says `qkvb`: all biases of these models are zero.
+    """
+    for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+        state[f"{name}.q"], _, state[f"{name}.v"] = state.pop(name).tensor_split(3)
+    if "blocks.0.gamma_1" in state and not any(name.endswith("q_bias") for name in state):
+        for name in [name for name in state if name.endswith("attn.qkv.weight")]:
+            for bias in ("q_bias", "v_bias"):
+                state[name.replace("qkv.weight", bias)] = torch.zeros(len(state[name]) // 3)
 
 
 @torch.no_grad()
@@ -618,11 +679,14 @@ def sha256(path):
 def download(name, folder="pretrained"):
     """Fetches a file of PUBLISHED into a folder, unless it is there, and returns its path.
 
-    Raises WeightsError, and leaves no file, if it cannot be fetched or has another SHA-256.
+    Raises WeightsError, and leaves no file, if it is gated, cannot be fetched, or has another
+    SHA-256.
     """
     published = PUBLISHED[name]
     target = os.path.join(folder, published.file)
     if not os.path.exists(target):
+        if published.gated:
+            raise WeightsError(f"{target}: no such file; ask for it at {published.address}")
         os.makedirs(folder, exist_ok=True)
         try:
             torch.hub.download_url_to_file(published.address, target, published.sha256)

@@ -341,6 +341,9 @@ PRESETS = {
         global_heads=2, global_queries=8, global_patch=8, **DRAWN),
     "dcris-b": DCRIS_B,
     "dcris-l": DCRIS_L,
+    # Beyond the papers: DINOv3. Its patches of 16 pixels give the grid of 32x32 at 512.
+    "dcris-b-dinov3": replace(DCRIS_B, vision="dinov3-b", image_size=512),
+    "dcris-l-dinov3": replace(DCRIS_L, vision="dinov3-l", image_size=512),
     "detris-b": DETRIS_B,
     "detris-l": DETRIS_L,
     "detris-l-mixed": replace(
@@ -506,7 +509,7 @@ def clip_positions(model):
     """The position embeddings that learn in the programs of ETRIS and BarLeRIa: those of CLIP's
     towers and of EVA-02-CLIP's text tower (named `positional_embedding` there)."""
     return [tower.position for tower in (model.vision, model.text)
-            if tower.shape.family not in ("dinov2", "eva")]
+            if tower.shape.family not in ("dinov2", "dinov3", "eva")]
 
 
 def find_published(name, path=None):
@@ -519,8 +522,9 @@ def find_published(name, path=None):
     published = PUBLISHED[name]
     path = Path(path or PRETRAINED / published.file)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; `python backbones.py download {name}` "
-                                f"fetches {published.file} from {published.address}")
+        how = (f"ask for {published.file} at" if published.gated else
+               f"`python backbones.py download {name}` fetches {published.file} from")
+        raise FileNotFoundError(f"{path}: no such file; {how} {published.address}")
     return path
 
 

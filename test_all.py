@@ -152,8 +152,8 @@ def plain_block(x, block, activation, flows=(), rotated=lambda x: x):
     attention, mlp, eva = block.attention, block.mlp, block.mlp.gate is not None
     later = torch.ones(x.shape[1], x.shape[1]).bool().triu(1) if block.causal else None
     y = plain_norm(x, block.norm1)
-    q, k, v = (y @ attention.qkv.weight.T + (0 if eva else attention.qkv.bias)).chunk(3, -1)
-    if eva:
+    q, k, v = plain_linear(y, attention.qkv).chunk(3, -1)
+    if attention.query_bias is not None:
         q, v = q + attention.query_bias, v + attention.value_bias
     y = plain_heads(rotated(q), rotated(k), v, attention.heads, later)
     y = plain_linear(plain_norm(y, attention.norm) if eva else y, attention.out)
@@ -175,6 +175,16 @@ def plain_rotation(x, rows=2, columns=3):
         angle = 16 * place * 10000 ** (-(c % 16) / 16)
         pairs[:, n, c] *= complex(math.cos(angle), math.sin(angle))
     return torch.cat([x[:, :1], torch.view_as_real(pairs).flatten(-2)], 1)
+
+
+def plain_dinov3_rotation(x, rows=2, columns=3):
+    """DINOv3: the same with channels c and c + 32 of each head of 64, behind five other tokens."""
+    pairs = torch.view_as_complex(x[:, 5:].unflatten(-1, (-1, 2, 32)).mT.contiguous())
+    for n, c in itertools.product(range(rows * columns), range(32)):
+        number, side = (n // columns, rows) if c < 16 else (n % columns, columns)
+        angle = 2 * math.pi * ((2 * number + 1) / side - 1) / 100 ** (c % 16 / 16)
+        pairs[:, n, :, c] *= complex(math.cos(angle), math.sin(angle))
+    return torch.cat([x[:, :5], torch.view_as_real(pairs).mT.flatten(2)], 1)
 
 
 def as_map(x, rows, columns):
@@ -469,6 +479,8 @@ class Counts(unittest.TestCase):
         with torch.device("meta"):
             for count, module in (
                     (86_582_784, backbones.ViT(backbones.VISION["dinov2-b"])),
+                    (85_659_648, backbones.ViT(backbones.VISION["dinov3-b"])),     # timm's figures
+                    (303_128_576, backbones.ViT(backbones.VISION["dinov3-l"])),
                     (86_192_640, backbones.ViT(backbones.VISION["clip-b"])),
                     (86_263_040, backbones.ViT(backbones.VISION["eva-b"])),
                     (63_428_096, backbones.TextTransformer(backbones.TEXT["clip-b"])),
@@ -494,6 +506,9 @@ class Counts(unittest.TestCase):
                                 ("snf", (1 + 26 ** 2) * 768 + 77 * 512),
                                 ("barleria-eva", 77 * 512)):
             self.assertEqual(rows[name]["positions"], positions, name)
+        with torch.device("meta"):              # DINOv3 has no positions that could learn
+            net = model.build("etris", vision="dinov3-b")
+        self.assertEqual(model.count(net)["positions"], 77 * 512)
 
     def test_dcris_tables_3_to_5(self):
         rows = [(6, 0, 128, 64, 2.30), (0, 6, 128, 64, 0.40),                           # Table 3
@@ -537,6 +552,14 @@ HF_DINOV2 = {
     "blocks.": "encoder.layer.", "attention.qkv.": "attention.attention.qkv.",
     "attention.out.": "attention.output.dense.", "scale1.gamma": "layer_scale1.lambda1",
     "scale2.gamma": "layer_scale2.lambda1", "mlp.up.": "mlp.fc1.", "mlp.down.": "mlp.fc2."}
+TIMM_DINOV3 = {
+    **DINOV2, "registers": "reg_token", "attention.query_bias": "attn.q_bias",
+    "attention.value_bias": "attn.v_bias", "scale1.gamma": "gamma_1", "scale2.gamma": "gamma_2"}
+HF_DINOV3 = {
+    **HF_DINOV2, "patch.": "embeddings.patch_embeddings.", "norm.": "norm.", "blocks.": "layer.",
+    "attention.qkv.": "attention.qkv.", "attention.query_bias": "attention.q_proj.bias",
+    "attention.value_bias": "attention.v_proj.bias", "attention.out.": "attention.o_proj.",
+    "mlp.up.": "mlp.up_proj.", "mlp.down.": "mlp.down_proj."}
 HF_CLIP = {
     "class_token": "embeddings.class_embedding",
     "position": "embeddings.position_embedding.weight", "embedding.": "embeddings.token_embedding.",
@@ -549,6 +572,9 @@ LAYOUTS = {             # what most names begin with, and the names
     "dinov2": ("", DINOV2), "clip": ("visual.", CLIP), "eva": ("visual.", EVA),
     "clip text": ("", {**CLIP, "norm.": "ln_final."}),
     "eva text": ("text.", {**CLIP, "norm.": "ln_final."}),
+    "dinov3": ("", {**TIMM_DINOV3, "registers": "storage_tokens", "scale1.gamma": "ls1.gamma",
+                    "scale2.gamma": "ls2.gamma"}),
+    "timm dinov3": ("", TIMM_DINOV3), "hf dinov3": ("", HF_DINOV3),
     "hf dinov2": ("", HF_DINOV2), "hf clip": ("vision_model.", HF_CLIP),
     "hf clip text": ("text_model.", {**HF_CLIP, "norm.": "final_layer_norm."})}
 
@@ -573,12 +599,17 @@ def published(tower, kind):
                     for layer, rows in zip(layers, tensor.chunk(3))}
         else:
             out[theirs] = tensor.clone()
+    if kind == "dinov3":        # Meta's have one bias; a mask sets that of the keys to zero
+        for i in range(tower.shape.depth):
+            q, v = (out.pop(f"blocks.{i}.attn.{x}_bias") for x in "qv")
+            out[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.ones_like(q), v])
     return out
 
 
 SMALL_TOWERS = {
     "dinov2": backbones.VisionShape(14, 128, 2, 2, grid=5, registers=4),
     "clip": backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="clip"),
+    "dinov3": backbones.VisionShape(16, 192, 2, 3, grid=0, registers=4, family="dinov3"),
     "eva": backbones.VisionShape(16, 192, 2, 3, grid=3, embed=64, family="eva"),
     "clip text": backbones.TextShape(128, 2, 2, 64, 300, 77),
     "eva text": backbones.TextShape(128, 2, 2, 64, 300, 77, family="eva text")}
@@ -586,7 +617,7 @@ SMALL_TOWERS = {
 
 def drawn_tower(kind, **sizes):
     """A small tower of random numbers."""
-    shape = SMALL_TOWERS[kind.removeprefix("hf ")]._replace(**sizes)
+    shape = SMALL_TOWERS[re.sub("^(hf|timm) ", "", kind)]._replace(**sizes)
     make = backbones.TextTransformer if kind.endswith("text") else backbones.ViT
     return shake(make(shape), spread=0.1).float().eval()
 
@@ -609,6 +640,8 @@ class Towers(Exact):
         """Our tensors come back from every publisher's file, Hugging Face's folders too."""
         for kinds, more in (
                 (["dinov2"], ["mask_token"]), (["hf dinov2"], ["embeddings.mask_token"]),
+                (["dinov3"], ["mask_token", "rope_embed.periods", "blocks.0.attn.qkv.bias_mask"]),
+                (["hf dinov3"], ["embeddings.mask_token"]), (["timm dinov3"], []),
                 (["clip", "clip text"], ["context_length", "vocab_size", "logit_scale"]),
                 (["hf clip", "hf clip text"], ["vision_model.embeddings.position_ids",
                                                "text_model.embeddings.position_ids"]),
@@ -623,6 +656,12 @@ class Towers(Exact):
                 self.assertFalse(any(p.requires_grad for p in tower.parameters()))
         with self.assertRaises(IsADirectoryError):
             backbones.load_vision(folder(self))
+        # Those of timm without "qkvb" in their name leave the biases out.
+        tower = backbones.load_vision(self.saved({
+            name: tensor for name, tensor in drawn_state("timm dinov3").items()
+            if not re.search("(q|v)_bias", name)}))
+        for block in tower.blocks:
+            self.assertFalse((block.attention.query_bias + block.attention.value_bias).any())
 
     @unittest.skipUnless(SAFETENSORS, "safetensors is not installed")
     def test_safetensors(self):
@@ -637,10 +676,11 @@ class Towers(Exact):
             backbones.load_vision(path.parent)
 
     def test_towers_by_hand(self):
-        """Images of 2x3 patches, and texts; EVA-02's rotary tables are in single precision."""
+        """Images of 2x3 patches, and texts; rotary tables are in single precision."""
         tokens = torch.tensor([[298, 5, 6, 299, 0, 0], [298, 7, 5, 9, 4, 299]])
         for kind, eps, activation, tolerance in (
                 ("dinov2", 1e-6, plain_gelu, 1e-10), ("clip", 1e-5, quick_gelu, 1e-10),
+                ("dinov3", 1e-5, plain_gelu, 1e-7),
                 ("eva", 1e-6, lambda x: x / (1 + torch.exp(-x)), 1e-5),
                 ("clip text", 1e-5, quick_gelu, 1e-10), ("eva text", 1e-5, plain_gelu, 1e-10)):
             tower = drawn_tower(kind).double()
@@ -652,15 +692,16 @@ class Towers(Exact):
                 images = torch.randn(2, 3, 2 * size, 3 * size).double()
                 x = F.conv2d(images, tower.patch.weight, tower.patch.bias, stride=size)
                 x = torch.cat([tower.class_token.expand(2, -1, -1),
-                               x.flatten(2).transpose(1, 2)], 1) + tower.positions((2, 3))
+                               x.flatten(2).transpose(1, 2)], 1)
+                x = x if kind == "dinov3" else x + tower.positions((2, 3))
                 found = tower(images)
-            if kind == "dinov2":
+            if kind.startswith("dino"):
                 x = torch.cat([x[:, :1], tower.registers.expand(2, -1, -1), x[:, 1:]], 1)
             if kind == "clip":
                 x = plain_norm(x, tower.norm_before)
             for block in tower.blocks:
-                x = plain_block(x, block, activation,
-                                rotated=plain_rotation if kind == "eva" else lambda x: x)
+                x = plain_block(x, block, activation, rotated={
+                    "eva": plain_rotation, "dinov3": plain_dinov3_rotation}.get(kind, lambda x: x))
             self.same(found, plain_norm(x, tower.norm), tolerance)
             self.assertEqual(tower.blocks[0].causal, kind.endswith("text"))
             self.assertEqual({layer.eps for layer in tower.modules()
@@ -679,6 +720,14 @@ class Towers(Exact):
             expected = F.interpolate(stored, (4, 7), mode="bicubic", antialias=antialias)
             self.assertTrue(torch.equal(as_map(tower.positions((4, 7))[:, 1:], 4, 7), expected))
             self.assertTrue(torch.equal(tower.positions((4, 7))[:, :1], tower.position[:, :1]))
+
+    def test_rotary_tables_stay_in_single_precision(self):
+        for kind in ("eva", "dinov3"):
+            tower = drawn_tower(kind)
+            expected = tower.rotary_tables((32, 20))
+            with torch.autocast("cpu", torch.bfloat16):
+                for low, single in zip(tower.bfloat16().rotary_tables((32, 20))[:2], expected):
+                    self.assertTrue(torch.equal(low, single))
 
     def test_openais_archives(self):
         """They are TorchScript, in half precision, with plain numbers among the tensors."""
@@ -710,6 +759,9 @@ class Towers(Exact):
                  "cls_token holds numbers not finite in torch.float32"),
                 (vision, dinov2, {"register_tokens": None}, "no vision tower"),
                 (vision, hf, {hf_key: None}, f"missing, the first: {hf_key}"),
+                *((vision, drawn_state(kind), {name: None}, f"missing, the first: {name}")
+                  for kind, name in (("dinov3", "blocks.1.attn.qkv.bias"), ("dinov2", "pos_embed"),
+                                     ("timm dinov3", "blocks.0.attn.q_bias"))),
                 (text, dinov2, {}, "no text tower")):
             with self.subTest(message), self.assertRaisesRegex(backbones.WeightsError, message):
                 read(self.saved({name: tensor for name, tensor in {**state, **change}.items()
@@ -757,6 +809,14 @@ class Download(unittest.TestCase):
             self.assertEqual([found.name for found in (place / "pretrained").iterdir()],
                              [] if message else ["file.bin"])
         self.assertEqual(path.read_bytes(), (place / "there.bin").read_bytes())
+
+
+    def test_where_to_ask_for_gated_files(self):
+        for name, find in itertools.product(
+                ("dinov3-b", "dinov3-l"), (backbones.download, model.find_published)):
+            with self.assertRaisesRegex((backbones.WeightsError, FileNotFoundError), (
+                    f"(?=.*dinov3_vit{name[-1]}16_).*ask for .* at https://ai.meta.com/")):
+                find(name, folder(self) / "no")
 
 
 class Harm:
