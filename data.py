@@ -124,6 +124,10 @@ def warp(image, scale, left, top, width, height, cubic=True):
     outside the image. It equals OpenCV 4's cv2.warpAffine, as the authors' programs call it, which
     rounds positions to 1/32 pixel (OpenCV 5.0 does not). The two axes are resized one by one.
     """
+    if scale == 1 and left % 1 == top % 1 == 0:             # drawn photos: nothing to resize
+        left, top = int(left), int(top)
+        borders = left, width - len(image) - left, top, height - image.shape[1] - top
+        return F.pad(image.permute(2, 1, 0), borders)
     if width * image.shape[1] > height * len(image):        # first the axis that shrinks more
         return warp(image.transpose(0, 1), scale, top, left, height, width, cubic).transpose(1, 2)
 
@@ -742,13 +746,13 @@ def check(root):
             splits, broken = read_refs(root, name)
             for split, refs in splits.items():
                 counts = len(refs), sum(len(ref.sentences) for ref in refs)
-                published = PUBLISHED_SIZES.get(name, {}).get(split, ())
-                differs = "published: " + " and ".join(f"{number:,}" for number in published)
-                verdict = "as published" if counts == published else differs if published else ""
+                published = PUBLISHED_SIZES.get(name, {}).get(split)
+                differs = "published: {:,} and {:,}".format(*published) if published else ""
+                verdict = "as published" if counts == published else differs
                 print(f"| {name} | {split} | {counts[0]:,} | {counts[1]:,} | {verdict} |")
             if broken:
                 raise DataError(f"{len(broken):,} broken entries, the first: {broken[0]}")
-            for ref in itertools.chain(*splits.values()):
+            for ref in tqdm([*itertools.chain(*splits.values())], name, leave=False):
                 decode_mask(ref)
         except DataError as error:
             print(f"| {name} | broken | | | {error} |")

@@ -162,7 +162,7 @@ def predict_one(args, device, dtype):
 def evaluate_all(args, rank, world, device, dtype):
     """Evaluates checkpoints on splits. Prints the row of a Markdown table and writes --json,
     {checkpoint: {split: metrics}}, after every split."""
-    results, columns = {}, 0
+    results, columns, models, tables = {}, 0, [], []
     for path in args.ckpt:
         net, tokenizer, checkpoint = load_checkpoint(path, args, device)
         run, released = checkpoint["run"], "released" in checkpoint
@@ -177,7 +177,8 @@ def evaluate_all(args, rank, world, device, dtype):
         about = [path, run.get("preset", "released " * released + net.config.method),
                  f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
-        for split in args.split or data.held_out_splits(args.data, name):
+        splits = args.split or data.held_out_splits(args.data, name)
+        for split in splits:
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
                                          length, args.skip_broken)
@@ -201,8 +202,14 @@ def evaluate_all(args, rank, world, device, dtype):
             results.setdefault(path, {})[split] = figures
             if args.json:
                 save_json(results, args.json)
-            if args.panel and len(results) == len(results[path]) == 1:
-                save_picture(panel(net, dataset, device, dtype), args.panel)
+            if args.panel and split == splits[0]:
+                model.require(not models or dataset.pairs == models[0][2].pairs,
+                              f"{path} is of another data set; --panel compares on one: --dataset")
+                models.append((about[1], net, dataset))
+                tables.append(table)
+    if models:
+        places = telling_places(tables) if len(models) > 1 else None
+        save_picture(panel(models, device, dtype, places), args.panel)
 
 
 def load_checkpoint(path, args, device):
@@ -235,31 +242,53 @@ def save_json(figures, path):
 
 # ---- Pictures -------------------------------------------------------------------------------
 
-def panel(net, dataset, device, dtype=None, examples=8, columns=2, tile=180):
-    """A picture of examples, evenly spaced over the data set: photo, truth, prediction."""
-    places = sorted({round(i * (len(dataset) - 1) / max(1, examples - 1)) for i in range(examples)})
-    places = [place for place in places if dataset[place] is not None]      # None: a broken photo
-    width, height = 3 * tile + 40, tile + 44
+def panel(models, device, dtype=None, places=None, tile=180):
+    """A picture of examples: photo, truth, and the mask that each model predicts, with its IoU.
+
+    models: (name, model, its data set) of each, all of the same expressions. places: numbers of
+    expressions; by default eight, evenly spaced. A single model has two columns of examples.
+    """
+    dataset, columns = models[0][2], 2 if len(models) == 1 else 1
+    if places is None:
+        places = sorted({round(i * (len(dataset) - 1) / 7) for i in range(8)})
+        places = [place for place in places if dataset[place] is not None]  # None: a broken photo
+    below = 0 if columns == 2 else 20               # several names have a line of their own
+    width, height = (2 + len(models)) * (tile + 10) + 10, tile + 44 + below
     sheet = Image.new("RGB", (columns * width, (-(-len(places) // columns) or 1) * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    pen, font, small = ImageDraw.Draw(sheet), *map(ImageFont.load_default, (15, 11))
     for i, place in enumerate(places):
         ref, sentence = dataset.pairs[place]
         photo, mask = data.read_pair(ref)
         truth = mask.numpy() > 0
-        predicted = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
-        pixels = [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
-        iou = count_overlaps(np.array([[place, *pixels]]))[2].item()
         left, top = i % columns * width + 10, i // columns * height + 6
+        shown = [photo, singled_out(photo, truth)]
+        for name, net, own in models:
+            predicted = predict(net, own.tokenizer, photo, sentence, device, dtype)
+            shown.append(singled_out(photo, predicted))
+            pixels = [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
+            iou = count_overlaps(np.array([[place, *pixels]]))[2].item()
+            label = f"{name}: IoU {100 * iou:.1f}" if below else f"IoU {100 * iou:.1f}"
+            right = left + len(shown) * (tile + 10) - 14
+            pen.text((right, top + 2 + below), label, "black", small if below else font, "ra")
         sentence = data.clean(sentence)
         while pen.textlength(sentence, font) > 3 * tile - 80:
             sentence = sentence[:-2].rstrip("…") + "…"
         pen.text((left + 4, top + 2), sentence, "black", font)
-        pen.text((left + 3 * tile + 16, top + 2), f"IoU {100 * iou:.1f}", "black", font, "ra")
-        masked = [singled_out(photo, mask) for mask in (truth, predicted)]
-        for k, picture in enumerate((photo, *masked)):
+        for k, picture in enumerate(shown):
             picture = ImageOps.pad(picture, (tile, tile), color="white")
-            sheet.paste(picture, (left + k * (tile + 10), top + 26))
+            sheet.paste(picture, (left + k * (tile + 10), top + 26 + below))
     return sheet
+
+
+def telling_places(tables):
+    """The expressions on which models differ most (six), and on which all fail (two).
+
+    tables: of `overlaps`, one for each model, with the same expressions.
+    """
+    ious = np.stack([count_overlaps(table)[2] for table in tables])     # (models, expressions)
+    differ = np.argsort(ious.min(0) - ious.max(0), kind="stable")[:6]
+    failed = np.argsort(ious.max(0), kind="stable")[:2]
+    return [int(tables[0][i, 0]) for i in (*differ, *failed)]
 
 
 def singled_out(photo, mask):
@@ -326,7 +355,8 @@ def parse_arguments():
              "DATA (default: what the checkpoint was trained on)")
     add("--split", nargs="+", metavar="SPLIT", help="default: all but train")
     add("--json", metavar="OUT.json", help="also write the figures here")
-    add("--panel", metavar="OUT.png", help="also draw examples of the first split")
+    add("--panel", metavar="OUT.png", help="also draw examples of the first split; "
+        "of several checkpoints those on which they differ most, and two on which all fail")
     add("--image", metavar="PHOTO", help="one photo instead of a data set")
     add("--text", metavar="WORDS", help="which object of the photo to segment")
     add("--output", metavar="OUT.png", help="the picture to make of it")

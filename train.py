@@ -180,7 +180,7 @@ class Trainer:
 
 def train(args, config, init, rank, world, device):
     """The whole run, in each process. `init`: (path, checkpoint) of --init, or None."""
-    dtype = evaluate.precision_type(args.precision, device)
+    started, dtype = time.monotonic(), evaluate.precision_type(args.precision, device)
     out = Path(args.out or f"runs/{args.preset}")
     if rank == 0:
         lock_folder(out)
@@ -234,13 +234,14 @@ def train(args, config, init, rank, world, device):
             if found["miou"] > progress.best:
                 model.save(out / "best.pt", net, epoch=epoch, miou=found["miou"], **metadata)
             show_epoch(out, rows)
-            evaluate.save_picture(evaluate.panel(net, val_set, device), out / "val.png")
+            examples = evaluate.panel([(args.preset, net, val_set)], device)
+            evaluate.save_picture(examples, out / "val.png")
         trainer.progress = progress = Progress(
             epoch + 1, best=max(progress.best, found["miou"]), rows=rows)
         trainer.save()
     if rank == 0:
-        print(f"{out}: finished after epoch {config.epochs}, best mIoU on val {progress.best:.2f}; "
-              f"--out DIR starts another run")
+        print(f"{out}: finished after epoch {config.epochs}, best mIoU on val {progress.best:.2f}, "
+              f"in {time.monotonic() - started:.0f} s; --out DIR starts another run")
 
 
 def tower_files(args, config, init):
