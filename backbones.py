@@ -216,14 +216,16 @@ class ViT(nn.Module):
         """By how much queries and keys are rotated at every place of a grid (rows, columns).
 
         Cosines and sines, (rows * columns, channels of a head), in single precision, and whether
-        the two channels of a pair are half a head apart or neighbours. Half of the pairs is rotated
-        by the row, half by the column, pair i of each at the rate base^(-4i / channels). EVA-02:
-        neighbours, base 10000, and any grid is rescaled to the 16x16 of pretraining. DINOv3: half
-        a head apart, base 100, full turns, and any grid spans -1 to 1. None for other towers.
+        the two channels of a pair are half a head apart (True) or neighbours (False). Half of the
+        pairs are rotated by the row, half by the column, pair i of each at the rate
+        base^(-4i / channels). EVA-02: neighbours, base 10000, and any grid is rescaled to the 16x16
+        of pretraining. DINOv3: half a head apart, base 100, rates times 2 pi, and any grid spans -1
+        to 1. None for other towers.
         """
-        halves = FAMILIES[self.shape.family].rotary_halves
-        if halves is None:
+        rotary = FAMILIES[self.shape.family].rotary
+        if rotary is None:
             return None
+        halves = rotary == "halves"
         device, quarter = self.class_token.device, self.shape.width // self.shape.heads // 4
         exponents = torch.arange(quarter, device=device) / quarter
         sides = [torch.arange(side, device=device) for side in grid]
@@ -319,14 +321,14 @@ def after_end(tokens):
 def rotate(x, cos, sin, halves):
     """Rotary positions: rotates pairs of channels of the patches' tokens, which are the last ones.
 
-    x is (B, heads, N, C); cos and sin, (patches, C), and `halves` are those of
+    x is (B, heads, N, C); cos and sin, (patches, C), and `halves` come from
     `ViT.rotary_tables`. The tokens before the patches have no position and are not rotated.
     """
     others, image = x.split([x.shape[2] - len(cos), len(cos)], dim=2)
     pairs, axis = ((2, -1), -2) if halves else ((-1, 2), -1)
     first, second = image.unflatten(-1, pairs).unbind(axis)
-    quarter = torch.stack([-second, first], axis).flatten(-2)               # rotated by 90 degrees
-    return torch.cat([others, (image * cos + quarter * sin).to(x.dtype)], dim=2)
+    turned = torch.stack([-second, first], axis).flatten(-2)                # rotated by 90 degrees
+    return torch.cat([others, (image * cos + turned * sin).to(x.dtype)], dim=2)
 
 
 def quick_gelu(x):
@@ -340,7 +342,7 @@ class Family(NamedTuple):
     causal: bool = False            # a token sees itself and those before it
     layer_scale: bool = False       # a learned factor per channel at the end of both branches
     key_bias: bool = True           # False: only queries and values have a bias
-    rotary_halves: bool | None = None   # of `ViT.rotary_tables`; None: no rotary positions
+    rotary: str | None = None       # how channels pair: "halves", "neighbours"; None: no rotation
     eva: bool = False               # EVA-02: a gated MLP, norms inside attention and MLP
     norm_before: bool = False       # CLIP: a LayerNorm before the first block, patches without bias
     antialias: bool = False         # when the grid of positions is resized
@@ -348,10 +350,10 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, antialias=True),
-    # Trained on photos normalised by ImageNet's mean and deviation; given CLIP's here, as DINOv2.
-    "dinov3": Family(F.gelu, layer_scale=True, key_bias=False, rotary_halves=True),
+    # As DINOv2 trained on photos normalised by ImageNet's mean and deviation; given CLIP's here.
+    "dinov3": Family(F.gelu, layer_scale=True, key_bias=False, rotary="halves"),
     "clip": Family(quick_gelu, norm_before=True),
-    "eva": Family(F.silu, eps=1e-6, key_bias=False, rotary_halves=False, eva=True),
+    "eva": Family(F.silu, eps=1e-6, key_bias=False, rotary="neighbours", eva=True),
     "clip text": Family(quick_gelu, causal=True),
     "eva text": Family(F.gelu, causal=True),
 }
@@ -490,7 +492,8 @@ HF_DINOV3_NAMES = [
 UNUSED = ("mask_token|logit_scale|freqs_|periods|bias_mask|position_ids|_resolution|context_length|"
           "vocab_size")
 
-# A tensor that only these files have: family, names, what query, key and value layers are called.
+# The first of these tensors that a file has tells its layout: family, names, and what its layers
+# for queries, keys and values are called.
 FUSED, APART = ("qkv",), ("q", "k", "v")
 LAYOUTS = {
     "vision": {
@@ -589,10 +592,10 @@ def load_tower(kind, path, state, tower_class, shape):
 
 
 def separate_biases(state):
-    """Gives DINOv3's tensors a bias for queries and one for values, as most of its files have them.
+    """Gives each of DINOv3's files separate biases for queries and values.
 
-    Meta's have a single one for queries, keys and values, and a mask that sets the keys' to zero.
-    timm's have none, unless their name says `qkvb`: all biases of these models are zero.
+    Hugging Face's and timm's `qkvb` files have them. Meta's have one for queries, keys and values,
+    and a mask that sets the keys' to zero. timm's others have none, as these biases are all zero.
     """
     for name in [name for name in state if name.endswith("attn.qkv.bias")]:
         state[f"{name}.q"], _, state[f"{name}.v"] = state.pop(name).tensor_split(3)

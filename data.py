@@ -2,7 +2,7 @@
 
     python data.py shapes DIR       draws the data set `shapes` into DIR/shapes
     python data.py shapes-b DIR     draws the second domain into DIR/shapes-b
-    python data.py check DIR        counts the data sets in DIR, and names the first broken entry
+    python data.py check DIR        counts refs and expressions, and names the first broken entry
     python data.py parquet FILE... DIR/NAME     makes a data set of Hugging Face's tables
 
 A REFER data set is a folder `ROOT/NAME` with two files, which are read as they are distributed:
@@ -290,7 +290,7 @@ PUBLISHED_SIZES = {
     "refcocog-google": {"train": (44822, 85474), "val": (5000, 9536)},
 }
 MIXED = ("refcoco", "refcoco+", "refcocog-umd")
-# NAME alone is the refs file of this SPLITBY. In folders of other names it is the only refs file.
+# The SPLITBY that a data set's name may leave out (None: neither). In other folders: an only one.
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": None}
 # Of files of one SPLITBY the last is read: the pickle, as by gRefCOCO's own loader.
 REFS_FILES = ("grefs(*).json", "grefs(*).p", "refs(*).json", "refs(*).p")
@@ -527,18 +527,18 @@ def convert_tables(files, folder):
                 raise DataError(f"{file}, row {place}: not as in jxu124/refcoco or moondream/"
                                 f"refcoco-m ({reason(error)}); columns: {', '.join(row)}") from None
         coco = {"images": [*images.values()], "annotations": [*annotations.values()]}
-        split_by = SPLIT_BY.get(folder.name, folder.name) or "umd"
+        split_by = SPLIT_BY.get(folder.name, folder.name) or "umd"      # as jxu124/refcocog
         (draft / "instances.json").write_text(json.dumps(coco), encoding="utf-8")
         (draft / f"refs({split_by}).json").write_text(json.dumps(refs), encoding="utf-8")
 
 
 def read_row(row, draft):
-    """Yields COCO's image, COCO's annotation, and the ref, of each ref in a table's row."""
+    """Yields, for each ref of a table's row, its image and annotation as in COCO, and the ref."""
     if "raw_anns" in row:                   # jxu124's: one ref, the photo is elsewhere
         yield (json.loads(row["raw_image_info"]), json.loads(row["raw_anns"]), {
             key: row[key] for key in ("ref_id", "ann_id", "image_id", "split", "sentences")})
         return
-    name, image_id = Path(row["file_name"]).name, row["image_id"]       # refcoco-m's, all of val
+    name, image_id = Path(row["file_name"]).name, row["image_id"]       # refcoco-m's: a photo
     (draft / "images" / name).write_bytes(row["image"]["bytes"])
     for sample in row["samples"]:
         height, width = sample["mask"]["size"]

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -36,7 +37,7 @@ import model
 
 THRESHOLD = 0.35                        # of the probability, as in the authors' programs
 LEVELS = (50, 60, 70, 80, 90)           # of P@0.5 to P@0.9, in percent
-EMPTY = 50                              # in gRefCOCO, masks of fewer pixels count as empty
+EMPTY = 50          # pixels; fewer count as none where some expressions have no target (GRES)
 HEADINGS = {"miou": "mIoU", "oiou": "oIoU", **{f"p{p}": f"P@{p / 100}" for p in LEVELS}}
 GRES = {"miou": "mIoU (gIoU)", "oiou": "oIoU (cIoU)", "n_acc": "N-acc", "t_acc": "T-acc"}
 BAD_INPUT = (model.WeightsError, model.ConfigError, data.DataError, OSError)
@@ -49,6 +50,9 @@ def probabilities(net, images, tokens, device, dtype):
     with torch.inference_mode(), autocast(device, dtype):
         images, tokens = (x.to(device, non_blocking=True) for x in (images, tokens))
         logits = net(data.normalise(images), tokens)
+    if net.config.exact_masks:          # as in `loss`
+        logits = torch.nn.functional.interpolate(logits.float(), images.shape[-2:], mode="bilinear")
+        return logits.sigmoid()[:, 0]
     # 1. Sigmoid, in single precision.
     # 2. Bicubic interpolation from the logits' side s to S with aligned corners: pixel i moves to
     #    i * (S - 1) / (s - 1). In training it is at i * S / s (`loss`), so a mask drifts by up to
@@ -59,7 +63,8 @@ def probabilities(net, images, tokens, device, dtype):
 
 def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0, world=1,
              name="evaluating"):
-    """Index and pixels of every expression, int64 (expressions, 4): intersection, union, truth.
+    """A row for each expression, int64 (expressions, 4): its index, and the pixels of intersection,
+    union and truth.
 
     The processes take whole batches in turn. So any number of processes computes the same batches
     and counts every expression once. All of them get the full table.
@@ -100,29 +105,32 @@ def metrics(table):
     """The figures of a table from `overlaps`: mIoU, oIoU and P@0.5 to P@0.9 in percent, and the
     number of expressions. Raises DataError for an empty table.
 
-    In gRefCOCO, mIoU is GRES's gIoU and oIoU its cIoU. N-acc is the share of empty predictions
-    among expressions without target, T-acc of others among the rest, which P@ is taken over.
+    Where some expressions have no target, mIoU is GRES's gIoU and oIoU its cIoU. N-acc is the share
+    of them with an empty prediction, T-acc the share of the others with another one. P@ is over the
+    others.
     """
     if not len(table):
         raise data.DataError("no expression could be evaluated: every photo is broken")
-    intersections, unions, ious, empty = count_overlaps(table)
     targets = table[:, 3] > 0
-    found = {"miou": ious.mean(), "oiou": intersections.sum() / unions.sum(),
-             **{f"p{p}": (ious[targets] > p / 100).mean() for p in LEVELS}}
+    intersections, unions, ious, empty = count_overlaps(table, not targets.all())
+    found = {"miou": ious.mean(), "oiou": intersections.sum() / max(1, unions.sum()),
+             **{f"p{p}": (ious[targets] > p / 100).sum() / max(1, targets.sum()) for p in LEVELS}}
     if not targets.all():
-        found |= {"n_acc": empty[~targets].mean(), "t_acc": (~empty[targets]).mean()}
+        found |= {"n_acc": empty[~targets].mean(),
+                  "t_acc": (~empty[targets]).sum() / max(1, targets.sum())}
     return {**{key: 100 * float(value) for key, value in found.items()}, "expressions": len(table)}
 
 
-def count_overlaps(table):
+def count_overlaps(table, no_targets):
     """Each row's intersection, union and IoU, and whether its prediction counts as empty.
 
-    If some expressions have no target, predictions of fewer than 50 pixels are empty, as for GRES's
-    baselines. They have intersection 0; without target also union 0 and IoU 1, where any other
-    prediction has IoU 0 and adds to the unions (ReLA, gres_model/evaluation/refer_evaluation.py).
+    `no_targets`: some expressions have no target. Then predictions of fewer than 50 pixels count as
+    empty, as the GRES paper does for its baselines. Their intersection is 0. If there is no target
+    either, the union is 0 and the IoU 1. Any other prediction without target has IoU 0 and adds to
+    the unions, as in ReLA's evaluation.
     """
     _, intersections, unions, targets = table.T
-    empty = (targets.min() == 0) & (unions - targets + intersections < EMPTY)
+    empty = no_targets & (unions - targets + intersections < EMPTY)
     intersections = np.where(empty, 0, intersections)
     unions = np.where(empty & (targets == 0), 0, unions)
     return intersections, unions, np.where(unions, intersections / np.maximum(1, unions), 1), empty
@@ -162,7 +170,7 @@ def predict_one(args, device, dtype):
 def evaluate_all(args, rank, world, device, dtype):
     """Evaluates checkpoints on splits. Prints the row of a Markdown table and writes --json,
     {checkpoint: {split: metrics}}, after every split."""
-    results, columns, models, tables = {}, 0, [], []
+    results, heading, models, tables = {}, None, [], []
     for path in args.ckpt:
         net, tokenizer, checkpoint = load_checkpoint(path, args, device)
         run, released = checkpoint["run"], "released" in checkpoint
@@ -192,12 +200,13 @@ def evaluate_all(args, rank, world, device, dtype):
                       f"{len(dataset) - len(table)} expressions with a broken photo or mask",
                       file=sys.stderr)
             *percentages, expressions = figures.values()
-            if len(percentages) != columns:             # the first row, or the first with N-acc
-                columns = len(percentages)
-                names = HEADINGS | (GRES if "n_acc" in figures else {})
-                print(table_row("checkpoint", "preset", "tuned", "split", "expressions",
-                                *map(names.get, [*figures][:-1]), "trained for"))
-                print("|---|---|---:|---|" + "---:|" * (2 + columns))
+            names = HEADINGS | (GRES if "n_acc" in figures else {})
+            names = [names[key] for key in figures if key in names]
+            if heading != names:                # with N-acc and T-acc, or without
+                heading = names
+                print(table_row("checkpoint", "preset", "tuned", "split", "expressions", *names,
+                                "trained for"))
+                print("|---|---|---:|---|" + "---:|" * (2 + len(names)))
             print(table_row(*about, split, expressions, *percentages, time), flush=True)
             results.setdefault(path, {})[split] = figures
             if args.json:
@@ -208,8 +217,8 @@ def evaluate_all(args, rank, world, device, dtype):
                 models.append((about[1], net, dataset))
                 tables.append(table)
     if models:
-        places = telling_places(tables) if len(models) > 1 else None
-        save_picture(panel(models, device, dtype, places), args.panel)
+        chosen = choose_examples(tables) if len(models) > 1 else None
+        save_picture(panel(models, device, dtype, chosen), args.panel)
 
 
 def load_checkpoint(path, args, device):
@@ -242,34 +251,38 @@ def save_json(figures, path):
 
 # ---- Pictures -------------------------------------------------------------------------------
 
-def panel(models, device, dtype=None, places=None, tile=180):
+def panel(models, device, dtype=None, indices=None, tile=180):
     """A picture of examples: photo, truth, and the mask that each model predicts, with its IoU.
 
-    models: (name, model, its data set) of each, all of the same expressions. places: numbers of
+    models: (name, model, its data set) of each, all of the same expressions. indices: of the
     expressions; by default eight, evenly spaced. A single model has two columns of examples.
     """
-    dataset, columns = models[0][2], 2 if len(models) == 1 else 1
-    if places is None:
-        places = sorted({round(i * (len(dataset) - 1) / 7) for i in range(8)})
-        places = [place for place in places if dataset[place] is not None]  # None: a broken photo
-    below = 0 if columns == 2 else 20               # several names have a line of their own
+    dataset, single = models[0][2], len(models) == 1
+    no_targets = not all(ref.segmentations for ref, _ in dataset.pairs)
+    if indices is None:
+        indices = sorted({round(i * (len(dataset) - 1) / 7) for i in range(8)})
+        indices = [i for i in indices if dataset[i] is not None]        # None: a broken photo
+    columns, below = (2, 0) if single else (1, 20)      # several names have a line of their own
     width, height = (2 + len(models)) * (tile + 10) + 10, tile + 44 + below
-    sheet = Image.new("RGB", (columns * width, (-(-len(places) // columns) or 1) * height), "white")
+    lines = max(1, math.ceil(len(indices) / columns))
+    sheet = Image.new("RGB", (columns * width, lines * height), "white")
     pen, font, small = ImageDraw.Draw(sheet), *map(ImageFont.load_default, (15, 11))
-    for i, place in enumerate(places):
-        ref, sentence = dataset.pairs[place]
+    for i, index in enumerate(indices):
+        ref, sentence = dataset.pairs[index]
         photo, mask = data.read_pair(ref)
         truth = mask.numpy() > 0
         left, top = i % columns * width + 10, i // columns * height + 6
         shown = [photo, singled_out(photo, truth)]
         for name, net, own in models:
-            predicted = predict(net, own.tokenizer, photo, sentence, device, dtype)
+            image, tokens = (own[index][key][None] for key in ("image", "tokens"))
+            square = probabilities(net.eval(), image, tokens, device, dtype)[0]
+            predicted = (data.unletterbox(square, *photo.size) > THRESHOLD).cpu().numpy()
             shown.append(singled_out(photo, predicted))
             pixels = [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
-            iou = count_overlaps(np.array([[place, *pixels]]))[2].item()
-            label = f"{name}: IoU {100 * iou:.1f}" if below else f"IoU {100 * iou:.1f}"
+            iou = count_overlaps(np.array([[index, *pixels]]), no_targets)[2].item()
+            label = f"IoU {100 * iou:.1f}" if single else f"{name}: IoU {100 * iou:.1f}"
             right = left + len(shown) * (tile + 10) - 14
-            pen.text((right, top + 2 + below), label, "black", small if below else font, "ra")
+            pen.text((right, top + 2 + below), label, "black", font if single else small, "ra")
         sentence = data.clean(sentence)
         while pen.textlength(sentence, font) > 3 * tile - 80:
             sentence = sentence[:-2].rstrip("…") + "…"
@@ -280,15 +293,16 @@ def panel(models, device, dtype=None, places=None, tile=180):
     return sheet
 
 
-def telling_places(tables):
-    """The expressions on which models differ most (six), and on which all fail (two).
+def choose_examples(tables):
+    """Six expressions on which models differ most, and the two whose best IoU is lowest.
 
-    tables: of `overlaps`, one for each model, with the same expressions.
+    tables: of `overlaps`, one for each model, with the same expressions. Returns indices.
     """
-    ious = np.stack([count_overlaps(table)[2] for table in tables])     # (models, expressions)
+    no_targets = (tables[0][:, 3] == 0).any()
+    ious = np.stack([count_overlaps(table, no_targets)[2] for table in tables])     # (models, ...)
     differ = np.argsort(ious.min(0) - ious.max(0), kind="stable")[:6]
     failed = np.argsort(ious.max(0), kind="stable")[:2]
-    return [int(tables[0][i, 0]) for i in (*differ, *failed)]
+    return [int(tables[0][i, 0]) for i in dict.fromkeys((*differ, *failed))]
 
 
 def singled_out(photo, mask):
@@ -356,7 +370,7 @@ def parse_arguments():
     add("--split", nargs="+", metavar="SPLIT", help="default: all but train")
     add("--json", metavar="OUT.json", help="also write the figures here")
     add("--panel", metavar="OUT.png", help="also draw examples of the first split; "
-        "of several checkpoints those on which they differ most, and two on which all fail")
+        "of several checkpoints those on which they differ most, and two on which all are poor")
     add("--image", metavar="PHOTO", help="one photo instead of a data set")
     add("--text", metavar="WORDS", help="which object of the photo to segment")
     add("--output", metavar="OUT.png", help="the picture to make of it")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def text_to_pixel_loss(logits, masks):
+def text_to_pixel_loss(logits, masks, exact=False):
     """Mean contrastive loss between the sentence and every pixel.
 
     The logit of pixel i is z_i = F_c^i . F_l (and a bias), the features in its 3x3 neighbourhood
@@ -20,10 +20,11 @@ def text_to_pixel_loss(logits, masks):
     Such a pixel counts for both lines in proportion.
 
     logits: (B, 1, h, w). masks: (B, 1, H, W) in [0, 1], resized to (h, w) by nearest neighbour as
-    in the authors' programs: each logit answers for the upper left pixel of its cell. Returns a
-    scalar, double for double logits, else single.
+    in the authors' programs: each logit answers for the upper left pixel of its cell. `exact`: the
+    logits are enlarged to (H, W) instead, and all pixels count. Returns a scalar.
     """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if exact:
+        logits = F.interpolate(logits, masks.shape[-2:], mode="bilinear")
     targets = F.interpolate(masks.to(logits.dtype), logits.shape[-2:], mode="nearest")
     return F.binary_cross_entropy_with_logits(logits, targets)

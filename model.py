@@ -76,6 +76,7 @@ class Config:
     head_layers: int = 3                # of the decoder
     dropout: float = 0.1                # of the decoder and the DenseCross adapters
     # how it is trained
+    exact_masks: bool = False           # logits are enlarged to the photo's pixels (`loss.py`)
     batch_size: int = 32                # over all processes together
     lr: float = 1e-4
     epochs: int = 50

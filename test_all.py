@@ -1617,9 +1617,25 @@ class Metrics(unittest.TestCase):
 
     def test_probabilities_keep_the_corners(self):
         logits, images = torch.randn(2, 1, 8, 8), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-        found = evaluate.probabilities(lambda *_: logits, images, torch.zeros(2, 17), CPU, None)
+        net = mock.Mock(return_value=logits)
+        net.config.exact_masks = False
+        found = evaluate.probabilities(net, images, torch.zeros(2, 17), CPU, None)
         corners = logits.sigmoid()[:, 0, ::7, ::7]
         self.assertTrue(torch.allclose(found[:, ::31, ::31], corners, atol=1e-6))
+
+    def test_exact_masks_are_compared_and_predicted_pixel_by_pixel(self):
+        """Centres of 2x2 logits lie at 1/4 and 3/4 of the side, those of 4x4 pixels at 1/8 to 7/8."""
+        logits = torch.randn(1, 1, 2, 2)
+        weights = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+        net = mock.Mock(return_value=logits)
+        net.config.exact_masks = True
+        found = evaluate.probabilities(net, torch.zeros(1, 3, 4, 4), torch.zeros(1, 17), CPU, None)
+        expected = (weights @ logits[0, 0] @ weights.t()).sigmoid()
+        self.assertTrue(torch.allclose(found[0], expected, atol=1e-6))
+        mask = (torch.rand(4, 4) > 0.5).float()
+        value = -torch.where(mask == 1, expected, 1 - expected).log().mean()
+        self.assertAlmostEqual(
+            float(loss.text_to_pixel_loss(logits, mask[None, None], exact=True)), float(value), 5)
 
     def test_shared_batches_are_the_same_batches(self):
         whole = list(train.GlobalBatches(37, 8, 8, 0, 1, seed=3))
@@ -1770,6 +1786,7 @@ class Runs(unittest.TestCase):
             net = nn.Conv2d(3, 1, 3, padding=1).double()
             start = net.weight.detach().clone()
             net.forward = lambda images, tokens, net=net: nn.Conv2d.forward(net, images.double())
+            net.config = model.PRESETS["shapes"]
             batches = train.GlobalBatches(len(samples), 8, micro, 0, 1, seed=0)
             loader = torch.utils.data.DataLoader(samples, batch_sampler=batches)
             trainer = train.Trainer(net, 1.0, batches, CPU, None)
@@ -2161,7 +2178,7 @@ TRICKS = {
     "fail at one": (SECOND, *STEP, 3, data.read_photo, "photo 7"),
     "full disk": (ALL, *STEP, 5, resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000)),
     "not finite": (ALL, *STEP, 5, setattr, loss, "text_to_pixel_loss",
-                   lambda logits, masks: logits.sum() * math.nan),
+                   lambda logits, masks, exact: logits.sum() * math.nan),
     "double": (ALL, train, "parse_arguments", 1, in_double),
 }
 

@@ -99,7 +99,8 @@ class Trainer:
             with self.parallel.no_sync() if local else contextlib.nullcontext():
                 with evaluate.autocast(self.device, self.dtype):
                     logits = self.parallel(data.normalise(images), tokens)      # (B, 1, h, w)
-                share = loss.text_to_pixel_loss(logits, masks / 255) / micro_batches
+                value = loss.text_to_pixel_loss(logits, masks / 255, self.net.config.exact_masks)
+                share = value / micro_batches
                 self.scaler.scale(share).backward()
             total += share.detach().double()
             skipped += int(batch["skipped"].sum())
@@ -334,9 +335,10 @@ def distribute(net, world, device):
 def batch_norm_over_processes(layer, x):
     """Batch normalisation of x (B, C, ...) with statistics over all processes' equal batches.
 
-    Mean and mean square are summed over processes in one exchange, and so are their gradients in
-    the backward pass. Their difference is exact enough, as means are within 6 standard deviations
-    of 0 in these models.
+    PyTorch's own SyncBatchNorm does not run on CPUs, and makes a program wait for GPUs. Here mean
+    and mean square are summed over processes in one exchange, and so are their gradients in the
+    backward pass. Their difference is exact enough, as means are within 6 standard deviations of 0
+    in these models.
     """
     if not layer.training:
         return type(layer).forward(layer, x)
@@ -438,7 +440,7 @@ def parse_arguments():
         help="towers without their weights, e.g. to try out a machine")
     add("--compile", action="store_true",
         help="compile the model (minutes) before the first step; on GPUs steps are then faster")
-    add("--bench", action="store_true", help="time forward pass, step and loader; train nothing")
+    add("--bench", action="store_true", help="time forward pass and step; train nothing")
     add("--json", metavar="OUT.json", help="also write the benchmark's figures here")
     evaluate.add_shared_arguments(parser, precision="auto")
     group = parser.add_argument_group("fields of the configuration",
@@ -497,8 +499,8 @@ def main():
 def bench(args, config, init, rank, world, device):
     """Times forward pass, step, and a product of large matrices, on random numbers.
 
-    Prints the first process's medians of five rounds, taken while all processes work. `share`: the
-    arithmetic a second, as a part of the product's. Also writes them as JSON if asked to.
+    Prints the first process's medians of five calls each, made while all processes work. `share`:
+    the arithmetic a second, as a part of the product's. Also writes them as JSON if asked to.
     """
     dtype = evaluate.precision_type(args.precision, device)
     torch.manual_seed(args.seed)
@@ -557,9 +559,10 @@ def bench(args, config, init, rank, world, device):
 
 
 def count_gflop(action, device):
-    """The multiplications and additions, in billions, that PyTorch counts in a call."""
+    """The multiplications plus additions, in billions, that PyTorch counts in a call."""
     warnings.filterwarnings("ignore", "Using `torch.compile")       # about the counter's hooks
-    # The counter knows neither oneDNN's linear layer nor fused attention on CPUs.
+    # The counter knows neither oneDNN's linear layer (here given two shapes) nor fused attention
+    # on CPUs.
     counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with plain, torch.compiler.set_stance("force_eager"), FlopCounterMode(
