@@ -337,7 +337,9 @@ def find_data_sets(root):
             main = SPLIT_BY.get(folder.name, split_by if len(files) == 1 else None)
             found[folder.name if split_by == main else f"{folder.name}-{split_by}"] = path
     if not found:
-        raise DataError(f"{root}: no folder with a {' or '.join(REFS_FILES)} in it; {WHERE}")
+        deep = any(next(Path(root).glob(pattern), None) for pattern in REFS_FILES)
+        raise DataError(f"{root}: no folder with a {' or '.join(REFS_FILES)} in it; "
+                        f"{'name the folder above it' if deep else WHERE}")
     return found
 
 
@@ -362,7 +364,7 @@ def read_refs(root, name):
         with open(path, "rb") as file:          # a pickle of Python 2 or 3
             entries = (json.load(file) if path.suffix == ".json" else
                        PlainUnpickler(file, encoding="utf-8", errors="replace").load())
-        if not isinstance(entries, list):
+        if not entries or not isinstance(entries, list):
             raise ValueError("expected a list of refs")
         path = refs_file.with_name("instances.json")
         instances = json.loads(path.read_bytes())
@@ -370,8 +372,8 @@ def read_refs(root, name):
                      for entry in instances[f"{kind}s"]}
     except Exception as error:                  # damaged files raise errors of many types
         raise DataError(f"{path}: cannot be read ({reason(error)})") from None
-    folders = [Path(root, "images/train2014"), Path(root, "images/mscoco/images/train2014"),
-               Path(root, "images"), path.parent / "images"]
+    folders = [path.parent / "images", Path(root, "images/train2014"),
+               Path(root, "images/mscoco/images/train2014"), Path(root, "images")]
     if not any(place.is_dir() and any(place.iterdir()) for place in folders):
         raise DataError(f"no images in any of {', '.join(map(str, folders))}; {WHERE}")
     find_photo = functools.cache(lambda name: next(
@@ -394,15 +396,17 @@ def read_ref(place, entry, instances, find_photo):
         raise DataError(f"no image folder holds {image['file_name']}")
     ids, sentences = (part if isinstance(part, (list, tuple)) else [part]
                       for part in (entry["ann_id"], entry["sentences"]))
+    if not ids or -1 in ids and ids != [-1]:
+        raise DataError("ann_id is an object, a list of objects, or [-1] alone")
     objects = [] if ids == [-1] else [instances[f"annotation {i}"] for i in ids]
-    if any(annotation["image_id"] != image["id"] for annotation in objects):
+    if any(str(annotation["image_id"]) != str(image["id"]) for annotation in objects):
         raise DataError("its annotation is of another image")
     sentences = tuple(s if isinstance(s, str) else s["sent"] for s in sentences)
     segmentations = [annotation["segmentation"] for annotation in objects]
-    if not ids or not all(segmentations) or not all(map(clean, sentences or [""])):
+    if not all(segmentations) or not all(map(clean, sentences or [""])):
         raise DataError("its mask or an expression is empty")
-    return Ref(entry.get("ref_id", place), entry["image_id"], path, image["width"],
-               image["height"], segmentations, sentences)
+    return Ref(entry.get("ref_id", place), entry["image_id"], path, int(image["width"]),
+               int(image["height"]), segmentations, sentences)
 
 
 # ---- Tokenizer ------------------------------------------------------------------------------
@@ -496,7 +500,7 @@ class Tokenizer:
 def drafting(folder):
     """A folder to write to, which becomes `folder` when it is complete. DataError if it exists."""
     if folder.exists():
-        raise DataError(f"{folder} exists already; remove it to write it again")
+        raise DataError(f"{folder} exists already; name another folder, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as temporary:
         draft = Path(temporary, folder.name)
@@ -513,7 +517,7 @@ def convert_tables(files, folder):
         raise DataError("to read parquet files, pip install pyarrow") from None
     images, annotations, refs = {}, {}, []
     with drafting(folder) as draft:
-        for file in files:
+        for file in dict.fromkeys(files):
             place, row = 0, {}
             try:
                 rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches(64)
@@ -524,11 +528,12 @@ def convert_tables(files, folder):
                         annotations[annotation["id"]] = annotation
                         refs.append(ref)
             except Exception as error:      # a file or table of another kind can raise anything
-                raise DataError(f"{file}, row {place}: not as in jxu124/refcoco or moondream/"
+                raise DataError(f"{file}, row {place}: not read as jxu124/refcoco or moondream/"
                                 f"refcoco-m ({reason(error)}); columns: {', '.join(row)}") from None
         coco = {"images": [*images.values()], "annotations": [*annotations.values()]}
         split_by = SPLIT_BY.get(folder.name, folder.name) or "umd"      # as jxu124/refcocog
-        (draft / "instances.json").write_text(json.dumps(coco), encoding="utf-8")
+        (draft / "instances.json").write_text(
+            json.dumps(coco, default=bytes.decode), encoding="utf-8")       # bytes: an RLE's counts
         (draft / f"refs({split_by}).json").write_text(json.dumps(refs), encoding="utf-8")
 
 
@@ -774,6 +779,7 @@ def main():
             check(folder)
         elif args.command == "parquet":
             convert_tables(files, folder)
+            print(folder)
         else:
             print(draw_shapes(folder, name=args.command))
     except (DataError, OSError) as error:

@@ -1371,7 +1371,7 @@ class Refer(unittest.TestCase):
 
     def test_several_objects_or_none(self):
         """gRefCOCO: masks are joined, or empty. What is broken is named, and can be left out."""
-        for ids, message in (([11, -1], "no 'annotation -1'"), ([], "its mask or an expr"),
+        for ids, message in (([11, -1], "or .-1. alone"), ([], "or .-1. alone"),
                              ([11, 13], "its annotation is of another image")):
             self.write("mine", "unc", [
                 {"image_id": 1, "ann_id": i, "split": "train", "sentences": "them"}
@@ -1405,8 +1405,8 @@ class Refer(unittest.TestCase):
             self.assertEqual(program(data, "parquet", *inputs, self.root / name)[0], 0)
             self.assertEqual(self.read(read_as, split), expected)
         for inputs, name, message in (
-                (files[3:4], "new", "3.parquet, row 0: not as in .*; columns: a, b"),
-                ([files[0], self.photos[1]], "new", "1.jpg, row 0: not as in .*agic"),
+                (files[3:4], "new", "3.parquet, row 0: not read as .*; columns: a, b"),
+                ([files[0], self.photos[1]], "new", "1.jpg, row 0: not read as .*agic"),
                 ([], "new", "takes files and a folder"), (files[:1], "m", "m exists already")):
             refused(self, data, ["parquet", *inputs, self.root / name], message)
         self.assertFalse([*self.root.glob("*new*"), *self.root.glob("*.tmp")])
@@ -1690,6 +1690,15 @@ class Evaluating(unittest.TestCase):
         self.assertGreater(expected["miou"], 1)
         for key, value in expected.items():     # from batches of one expression: other rounding
             self.assertAlmostEqual(found[0]["val"][key], value, delta=0.1, msg=key)
+
+    def test_several_checkpoints_are_shown_where_they_differ(self):
+        tables = [np.array([[2 * i, pixels, 10, 10] for i, pixels in enumerate(row)])
+                  for row in ([9, 9, 5, 5, 5, 4, 1, 3, 9], [9, 8, 9, 0, 2, 0, 1, 3, 8])]
+        self.assertEqual(evaluate.choose_examples(tables), [6, 4, 10, 8, 2, 16, 12, 14])
+        out = self.root / "several.png"
+        status, _, err = program(evaluate, *self.common, "--ckpt", self.ckpt, self.ckpt,
+                                 "--split", "val", "--skip-broken", "--panel", out)
+        self.assertEqual((status, Image.open(out).width), (0, 4 * 190 + 10), err)
 
     def test_one_photo(self):
         path, out = self.refs[0].image, self.root / "out.png"
