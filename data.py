@@ -520,9 +520,7 @@ def convert_tables(files, folder):
         for file in dict.fromkeys(files):
             place, row = 0, {}
             try:
-                rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches(64)
-                        for row in batch.to_pylist())
-                for place, row in enumerate(rows):
+                for place, row in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
                     for image, annotation, ref in read_row(row, draft):
                         images[image["id"]] = image
                         annotations[annotation["id"]] = annotation
@@ -784,6 +782,8 @@ def main():
             print(draw_shapes(folder, name=args.command))
     except (DataError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
 
 
 if __name__ == "__main__":
