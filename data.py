@@ -414,7 +414,7 @@ def read_ref(place, entry, instances, find_photo):
 MERGES = 49152 - 256 - 2        # CLIP reads so many lines of its longer vocabulary file
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's pattern. It uses \p{L} (letters) and \p{N} (numbers), which Python's `re` does not have. In
-# `re`, \w is letters, numbers and "_". \d is decimal digits; NUMBERS adds others, such as ² and Ⅳ.
+# `re`, \w is letters, numbers and "_". \d is decimal digits; NUMBERS adds others, like ² and Ⅳ.
 NUMBERS = r"\d" + "".join(c for c in map(chr, range(sys.maxunicode + 1))
                           if c.isnumeric() and not c.isdecimal() and not c.isalpha())
 PIECES = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"

@@ -11,15 +11,14 @@ intersections over the sum of all unions; LAVT and later papers print it. P@0.5 
 expressions with an IoU above 0.5. mIoU and oIoU differ by several points: compare like with like.
 
 The figures follow the released programs of CRIS, ETRIS and DETRIS, step by step: see the comments
-1 and 2 in `probabilities`, 3 to 5 in `overlaps`. The model runs in single precision, on GPUs too,
-unless --precision says otherwise.
+1 and 2 in `probabilities`, 3 and 4 in `mask_of`, 5 in `overlaps`. The model runs in single
+precision, on GPUs too, unless --precision says otherwise.
 """
 
 import argparse
 import contextlib
 import gc
 import json
-import math
 import os
 import re
 import signal
@@ -61,10 +60,16 @@ def probabilities(net, images, tokens, device, dtype):
         logits.float().sigmoid(), images.shape[-2:], mode="bicubic", align_corners=True)[:, 0]
 
 
+def mask_of(square, width, height):
+    """Probabilities (S, S) to the mask, bool (height, width), at the photo's own size."""
+    # 3. Bicubic interpolation from the square to the photo, as cv2.warpAffine does.
+    # 4. The mask is where the probability is above the threshold.
+    return data.unletterbox(square, width, height) > THRESHOLD
+
+
 def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0, world=1,
              name="evaluating"):
-    """A row for each expression, int64 (expressions, 4): its index, and the pixels of intersection,
-    union and truth.
+    """Int64 (expressions, 4): each one's index, and its pixels of intersection, union and truth.
 
     The processes take whole batches in turn. So any number of processes computes the same batches
     and counts every expression once. All of them get the full table.
@@ -80,9 +85,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
         maps, pixels = probabilities(net, images, tokens, device, dtype), []
         for square, truth in zip(maps, masks):
             truth = truth.to(device, non_blocking=True)
-            # 3. Bicubic interpolation from the square to the photo, as cv2.warpAffine does.
-            # 4. The mask is where the probability is above the threshold.
-            predicted = data.unletterbox(square, *truth.shape[::-1]) > THRESHOLD
+            predicted = mask_of(square, *truth.shape[::-1])
             # 5. Intersection and union at the photo's own size. The authors add 1e-6 to the union
             #    and read the annotation from a PNG that was drawn from the same polygons.
             pixels += [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
@@ -106,8 +109,7 @@ def metrics(table):
     number of expressions. Raises DataError for an empty table.
 
     Where some expressions have no target, mIoU is GRES's gIoU and oIoU its cIoU. N-acc is the share
-    of them with an empty prediction, T-acc the share of the others with another one. P@ is over the
-    others.
+    of them with an empty prediction, T-acc of the others with another one. P@ is of the others.
     """
     if not len(table):
         raise data.DataError("no expression could be evaluated: every photo is broken")
@@ -151,7 +153,7 @@ def predict(net, tokenizer, photo, text, device, dtype=None):
         print(f"the expression has {tokens} tokens, of which {most} are read", file=sys.stderr)
     image = data.letterbox(photo, net.config.image_size)
     square = probabilities(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
-    return (data.unletterbox(square, *photo.size) > THRESHOLD).cpu().numpy()
+    return mask_of(square, *photo.size).cpu().numpy()
 
 
 def predict_one(args, device, dtype):
@@ -200,13 +202,11 @@ def evaluate_all(args, rank, world, device, dtype):
                       f"{len(dataset) - len(table)} expressions with a broken photo or mask",
                       file=sys.stderr)
             *percentages, expressions = figures.values()
-            names = HEADINGS | (GRES if "n_acc" in figures else {})
-            names = [names[key] for key in figures if key in names]
-            if heading != names:                # with N-acc and T-acc, or without
-                heading = names
-                print(table_row("checkpoint", "preset", "tuned", "split", "expressions", *names,
-                                "trained for"))
-                print("|---|---|---:|---|" + "---:|" * (2 + len(names)))
+            if heading != [*figures]:           # with N-acc and T-acc, or without
+                heading, names = [*figures], HEADINGS | (GRES if "n_acc" in figures else {})
+                print(table_row("checkpoint", "preset", "tuned", "split", "expressions",
+                                *(names[key] for key in heading[:-1]), "trained for"))
+                print("|---|---|---:|---|" + "---:|" * (1 + len(heading)))
             print(table_row(*about, split, expressions, *percentages, time), flush=True)
             results.setdefault(path, {})[split] = figures
             if args.json:
@@ -264,19 +264,19 @@ def panel(models, device, dtype=None, indices=None, tile=180):
         indices = [i for i in indices if dataset[i] is not None]        # None: a broken photo
     columns, below = (2, 0) if single else (1, 20)      # several names have a line of their own
     width, height = (2 + len(models)) * (tile + 10) + 10, tile + 44 + below
-    lines = max(1, math.ceil(len(indices) / columns))
+    lines = -(-len(indices) // columns) or 1
     sheet = Image.new("RGB", (columns * width, lines * height), "white")
     pen, font, small = ImageDraw.Draw(sheet), *map(ImageFont.load_default, (15, 11))
     for i, index in enumerate(indices):
         ref, sentence = dataset.pairs[index]
-        photo, mask = data.read_pair(ref)
-        truth = mask.numpy() > 0
+        photo, truth = data.read_photo(ref.image), dataset[index]["mask"].numpy()
         left, top = i % columns * width + 10, i // columns * height + 6
         shown = [photo, singled_out(photo, truth)]
         for name, net, own in models:
-            image, tokens = (own[index][key][None] for key in ("image", "tokens"))
-            square = probabilities(net.eval(), image, tokens, device, dtype)[0]
-            predicted = (data.unletterbox(square, *photo.size) > THRESHOLD).cpu().numpy()
+            sample = own[index]
+            square = probabilities(net.eval(), sample["image"][None], sample["tokens"][None],
+                                   device, dtype)[0]
+            predicted = mask_of(square, *photo.size).cpu().numpy()
             shown.append(singled_out(photo, predicted))
             pixels = [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
             iou = count_overlaps(np.array([[index, *pixels]]), no_targets)[2].item()

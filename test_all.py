@@ -810,7 +810,6 @@ class Download(unittest.TestCase):
                              [] if message else ["file.bin"])
         self.assertEqual(path.read_bytes(), (place / "there.bin").read_bytes())
 
-
     def test_where_to_ask_for_gated_files(self):
         for name, find in itertools.product(
                 ("dinov3-b", "dinov3-l"), (backbones.download, model.find_published)):
@@ -1624,7 +1623,7 @@ class Metrics(unittest.TestCase):
         self.assertTrue(torch.allclose(found[:, ::31, ::31], corners, atol=1e-6))
 
     def test_exact_masks_are_compared_and_predicted_pixel_by_pixel(self):
-        """Centres of 2x2 logits lie at 1/4 and 3/4 of the side, those of 4x4 pixels at 1/8 to 7/8."""
+        """Centres of 2x2 logits lie at 1/4 and 3/4 of the side, of 4x4 pixels at 1/8 to 7/8."""
         logits = torch.randn(1, 1, 2, 2)
         weights = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
         net = mock.Mock(return_value=logits)
