@@ -180,8 +180,8 @@ class TrainSet(Dataset):
     """One sample per ref, with one of its expressions.
 
     `dataset[epoch, index]` depends on seed, epoch and index alone. It is a dictionary of image,
-    uint8 (3, S, S); tokens, int64 (L,); mask, uint8 (1, S, S), 0 to 255; ref, its id; skipped. With
-    `skip_broken`, the next ref replaces one whose photo or mask is broken; `skipped` counts these.
+    uint8 (3, S, S); tokens, int64 (L,); mask, uint8 (1, S, S), 0 to 255; ref, its id. With
+    `skip_broken`, the next ref replaces one whose photo or mask is broken.
     """
 
     def __init__(self, refs, tokenizer, image_size, length, seed=0, skip_broken=False):
@@ -193,19 +193,15 @@ class TrainSet(Dataset):
 
     def __getitem__(self, epoch_and_index):
         epoch, index = epoch_and_index
-        for skipped in range(len(self.refs)):
-            ref = self.refs[(index + skipped) % len(self.refs)]
-            try:
-                photo, mask = read_pair(ref)
+        for i in range(index, index + len(self.refs)):
+            ref = self.refs[i % len(self.refs)]
+            if pair := read_pair(ref, self.skip_broken):
                 break
-            except DataError:
-                if not self.skip_broken or skipped == len(self.refs) - 1:
-                    raise
+        photo, mask = pair
         sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
         return {"image": letterbox(photo, self.image_size),
                 "tokens": self.tokenizer([sentence], self.length)[0],
-                "mask": letterbox_mask(mask, self.image_size), "ref": str(ref.id),
-                "skipped": skipped}
+                "mask": letterbox_mask(mask, self.image_size), "ref": str(ref.id)}
 
 
 class ExpressionSet(Dataset):
@@ -226,20 +222,19 @@ class ExpressionSet(Dataset):
 
     def __getitem__(self, index):
         ref, sentence = self.pairs[index]
-        try:
-            if self.last[0] is not ref:
-                photo, mask = read_pair(ref)
-                self.last = ref, {"image": letterbox(photo, self.image_size), "mask": mask > 0}
-        except DataError:
-            if not self.skip_broken:
-                raise
-            return None
+        if self.last[0] is not ref:
+            pair = read_pair(ref, self.skip_broken)
+            self.last = ref, pair and {"image": letterbox(pair[0], self.image_size),
+                                       "mask": pair[1] > 0}
         tokens = self.tokenizer([sentence], self.length)[0]
-        return {**self.last[1], "tokens": tokens, "index": index}
+        return self.last[1] and {**self.last[1], "tokens": tokens, "index": index}
 
 
-def read_pair(ref):
-    """Reads the photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255."""
+def read_pair(ref, skip_broken=False):
+    """Reads the photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255.
+
+    If they are broken, raises DataError; with `skip_broken` prints the error and returns None.
+    """
     try:
         photo = read_photo(ref.image)
         if photo.size != (ref.width, ref.height):
@@ -247,7 +242,9 @@ def read_pair(ref):
                             f"instances.json says {ref.width}x{ref.height}")
         return photo, torch.from_numpy(decode_mask(ref) * 255)
     except DataError as error:
-        raise DataError(f"{error}; --skip-broken leaves it out") from None
+        if not skip_broken:
+            raise DataError(f"{error}; --skip-broken leaves it out") from None
+        print(f"left out: {error}", file=sys.stderr)
 
 
 def decode_mask(ref):

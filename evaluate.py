@@ -183,7 +183,7 @@ def evaluate_all(args, rank, world, device, dtype):
         length = args.length or (
             data.LENGTHS.get(name, 17) if released else net.config.length)
         most = model.TEXT[net.config.text].positions
-        model.require(length <= most, f"--length {length}: the text tower reads at most {most}")
+        model.require(3 <= length <= most, f"--length {length}: the text tower reads 3 to {most}")
         about = [path, run.get("preset", "released " * released + net.config.method),
                  f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
@@ -197,10 +197,8 @@ def evaluate_all(args, rank, world, device, dtype):
             figures = metrics(table)
             if rank > 0:
                 continue
-            if broken or len(table) < len(dataset):
-                print(f"{name} {split}: left out {broken} broken entries of all splits, and "
-                      f"{len(dataset) - len(table)} expressions with a broken photo or mask",
-                      file=sys.stderr)
+            if broken:
+                print(f"{broken} broken entries left out of all splits", file=sys.stderr)
             *percentages, expressions = figures.values()
             if heading != [*figures]:           # with N-acc and T-acc, or without
                 heading, names = [*figures], HEADINGS | (GRES if "n_acc" in figures else {})
@@ -210,15 +208,15 @@ def evaluate_all(args, rank, world, device, dtype):
             print(table_row(*about, split, expressions, *percentages, time), flush=True)
             results.setdefault(path, {})[split] = figures
             if args.json:
-                save_json(results, args.json)
+                with model.replacing(args.json) as file:
+                    file.write(json.dumps(results, indent=1).encode())
             if args.panel and split == splits[0]:
                 model.require(not models or dataset.pairs == models[0][2].pairs,
                               f"{path} is of another data set; --panel compares on one: --dataset")
                 models.append((about[1], net, dataset))
                 tables.append(table)
     if models:
-        chosen = choose_examples(tables) if len(models) > 1 else None
-        save_picture(panel(models, device, dtype, chosen), args.panel)
+        save_picture(panel(models, tables, device, dtype), args.panel)
 
 
 def load_checkpoint(path, args, device):
@@ -244,65 +242,60 @@ def table_row(*cells):
     return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
 
 
-def save_json(figures, path):
-    with model.replacing(path) as file:
-        file.write(json.dumps(figures, indent=1).encode())
-
-
 # ---- Pictures -------------------------------------------------------------------------------
 
-def panel(models, device, dtype=None, indices=None, tile=180):
+def panel(models, tables, device, dtype=None):
     """A picture of examples: photo, truth, and the mask that each model predicts, with its IoU.
 
-    models: (name, model, its data set) of each, all of the same expressions. indices: of the
-    expressions; by default eight, evenly spaced. A single model has two columns of examples.
+    models: (name, model, its data set) of each, all of the same expressions. tables: theirs, from
+    `overlaps`.
     """
-    dataset, single = models[0][2], len(models) == 1
-    no_targets = not all(ref.segmentations for ref, _ in dataset.pairs)
-    if indices is None:
-        indices = sorted({round(i * (len(dataset) - 1) / 7) for i in range(8)})
-        indices = [i for i in indices if dataset[i] is not None]        # None: a broken photo
-    columns, below = (2, 0) if single else (1, 20)      # several names have a line of their own
-    width, height = (2 + len(models)) * (tile + 10) + 10, tile + 44 + below
-    lines = -(-len(indices) // columns) or 1
-    sheet = Image.new("RGB", (columns * width, lines * height), "white")
-    pen, font, small = ImageDraw.Draw(sheet), *map(ImageFont.load_default, (15, 11))
-    for i, index in enumerate(indices):
+    no_targets = (tables[0][:, 3] == 0).any()
+    ious = np.stack([count_overlaps(table, no_targets)[2] for table in tables])
+    dataset, strips = models[0][2], []
+    for row in choose_examples(ious):
+        index = int(tables[0][row, 0])
         ref, sentence = dataset.pairs[index]
         photo, truth = data.read_photo(ref.image), dataset[index]["mask"].numpy()
-        left, top = i % columns * width + 10, i // columns * height + 6
-        shown = [photo, singled_out(photo, truth)]
-        for name, net, own in models:
+        shown = [("", photo), ("truth", singled_out(photo, truth))]
+        for (name, net, own), iou in zip(models, ious[:, row]):
             sample = own[index]
             square = probabilities(net.eval(), sample["image"][None], sample["tokens"][None],
                                    device, dtype)[0]
-            predicted = mask_of(square, *photo.size).cpu().numpy()
-            shown.append(singled_out(photo, predicted))
-            pixels = [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
-            iou = count_overlaps(np.array([[index, *pixels]]), no_targets)[2].item()
-            label = f"IoU {100 * iou:.1f}" if single else f"{name}: IoU {100 * iou:.1f}"
-            right = left + len(shown) * (tile + 10) - 14
-            pen.text((right, top + 2 + below), label, "black", font if single else small, "ra")
-        sentence = data.clean(sentence)
-        while pen.textlength(sentence, font) > 3 * tile - 80:
-            sentence = sentence[:-2].rstrip("…") + "…"
-        pen.text((left + 4, top + 2), sentence, "black", font)
-        for k, picture in enumerate(shown):
-            picture = ImageOps.pad(picture, (tile, tile), color="white")
-            sheet.paste(picture, (left + k * (tile + 10), top + 26 + below))
-    return sheet
+            mask = mask_of(square, *photo.size).cpu().numpy()
+            shown.append((f"{name}: IoU {100 * iou:.1f}", singled_out(photo, mask)))
+        strips.append((data.clean(sentence), shown))
+    return sheet(strips, columns=2 if len(models) == 1 else 1)
 
 
-def choose_examples(tables):
-    """Six expressions on which models differ most, and the two whose best IoU is lowest.
+def choose_examples(ious):
+    """The rows of eight examples. `ious`: (models, expressions).
 
-    tables: of `overlaps`, one for each model, with the same expressions. Returns indices.
+    Of one model: evenly spaced. Of several: the six on which they differ most, and the two whose
+    best IoU is lowest.
     """
-    no_targets = (tables[0][:, 3] == 0).any()
-    ious = np.stack([count_overlaps(table, no_targets)[2] for table in tables])     # (models, ...)
+    if len(ious) == 1:
+        return sorted({round(i * (ious.shape[1] - 1) / 7) for i in range(8)})
     differ = np.argsort(ious.min(0) - ious.max(0), kind="stable")[:6]
     failed = np.argsort(ious.max(0), kind="stable")[:2]
-    return [int(tables[0][i, 0]) for i in dict.fromkeys((*differ, *failed))]
+    return list(dict.fromkeys((*differ, *failed)))
+
+
+def sheet(strips, columns=1, tile=180):
+    """A picture of strips, each a title and a list of (label, picture)."""
+    width, height = max(len(shown) for _, shown in strips) * (tile + 10) + 10, tile + 54
+    picture = Image.new("RGB", (columns * width, -(-len(strips) // columns) * height), "white")
+    pen, font, small = ImageDraw.Draw(picture), *map(ImageFont.load_default, (15, 12))
+    for i, (title, shown) in enumerate(strips):
+        left, top = i % columns * width + 10, i // columns * height + 6
+        while pen.textlength(title, font) > width - 20:
+            title = title[:-2].rstrip("…") + "…"
+        pen.text((left, top), title, "black", font)
+        for label, tile_picture in shown:
+            pen.text((left, top + 20), label, "black", small)
+            picture.paste(ImageOps.pad(tile_picture, (tile, tile), color="white"), (left, top + 38))
+            left += tile + 10
+    return picture
 
 
 def singled_out(photo, mask):
@@ -310,30 +303,6 @@ def singled_out(photo, mask):
     grey = np.asarray(photo.convert("L"))[..., None]
     shown = np.where(mask[..., None], np.asarray(photo), 170 + grey // 4)
     return Image.fromarray(shown.astype(np.uint8))
-
-
-def curves(log, width=420, height=260):
-    """A picture of a run by epoch. `log`: a dictionary an epoch, with epoch, loss, miou, oiou."""
-    sheet = Image.new("RGB", (2 * width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for origin, series in ((0, [("loss", "training loss", "#2962d6")]),
-                           (width, [("miou", "mIoU on val", "#d63031"),
-                                    ("oiou", "oIoU on val", "#279a4a")])):
-        left, top, right, bottom = origin + 50, 30, origin + width - 20, height - 40
-        highest = max(1e-9, *(row[key] for row in log for key, *_ in series))
-        pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
-        pen.text((left - 6, top), f"{highest:.3g}", "#555555", font, "rm")
-        pen.text((left - 6, bottom), "0", "#555555", font, "rm")
-        pen.text((left, bottom + 8), "epoch 1", "#555555", font)
-        pen.text((right, bottom + 8), str(log[-1]["epoch"]), "#555555", font, "ra")
-        for i, (key, name, colour) in enumerate(series):
-            points = [(left + (right - left) * k / max(1, len(log) - 1),
-                       bottom - (bottom - top) * row[key] / highest) for k, row in enumerate(log)]
-            pen.line(points, colour, 2)
-            for point in points:
-                pen.circle(point, 2, colour)
-            pen.text((left + 110 * i, 8), name, colour, font)
-    return sheet
 
 
 def save_picture(picture, path):
@@ -383,8 +352,8 @@ def parse_arguments():
     whole_splits = len(args.ckpt) > 1 or args.json or args.panel or args.split or args.dataset
     if any(one_photo) and (None in one_photo or whole_splits):
         parser.error("one photo takes --image, --text, --output and one --ckpt, nothing of a split")
-    if not 3 <= (args.length or 17) <= 77 or args.batch_size < 1 or args.workers < 0:
-        parser.error("--length is from 3 to 77, --batch-size at least 1, --workers at least 0")
+    if args.batch_size < 1 or args.workers < 0:
+        parser.error("--batch-size is at least 1, --workers at least 0")
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
     inputs = [os.path.realpath(path) for path in (args.image, *args.ckpt) if path]
     for path in filter(None, (args.json, args.panel, args.output, args.mask)):
@@ -493,10 +462,8 @@ def report_error(error, aloud=True):
     if isinstance(error, BAD_INPUT):
         # The error of a loader's worker contains a traceback, and the error as its last line.
         text = text.strip().splitlines()[-1].removeprefix("data.DataError: ")
-    elif isinstance(error, dist.DistBackendError):
-        text = f"lost another process, or the way to it: {text.strip().splitlines()[-1]}"
     elif isinstance(error, dist.DistError) or re.search("gloo|^DataLoader worker", text):
-        text = "lost another process, which ended silently (out of memory? try fewer --workers)"
+        text = f"lost another process (out of memory? try fewer --workers): {text.splitlines()[-1]}"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         text = "out of memory; try a smaller --batch-size or, in training, --micro-batch"
     else:

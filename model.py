@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -441,9 +440,6 @@ def check(config):
         blocks = getattr(config, field)
         require(blocks == tuple(i for i in range(depth) if i in blocks), f"{field} {blocks}: the "
                 f"tower has {depth} blocks, 0 to {depth - 1}; name each block once, in order")
-    for field in ("bridges", "global_blocks"):      # parts into which the tower is cut
-        require(not field.startswith(own) or getattr(config, field) <= vision.depth,
-                f"{field} {getattr(config, field)}: {config.vision} has {vision.depth} blocks")
     for field, divisor in (
             ("image_size", vision.patch), ("head_width", 4), ("head_width", config.head_heads),
             ("visual_adapter_rank", 16),
@@ -689,9 +685,8 @@ RELEASED_NAMES = [
 def load_released(path, state):
     """A model in eval mode from the tensors of a released DETRIS or ETRIS checkpoint.
 
-    Widths, ranks and layers are read from the names and shapes. The files do not hold, and the
-    authors' configurations give: 8 heads, 17 tokens, the blocks whose maps the head takes, and
-    448 pixels for DETRIS. (ETRIS's grid of positions is that of the photo.) Raises WeightsError.
+    They are those of the presets `detris-b`, `detris-l`, `detris-l-mixed`, and `etris` with bridges
+    of width 64. (Of ETRIS those on ViT-B/16.) Raises WeightsError for any others.
     """
     detris = any(name.startswith("dinov2.") for name in state)
     prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
@@ -701,10 +696,10 @@ def load_released(path, state):
         for read, prefix in zip((backbones.load_vision, backbones.load_text), prefixes))
     state = {name: tensor for name, tensor in state.items()
              if ".adapter." in name or not name.startswith(prefixes)}
-    try:
-        config = released_config(state, vision.shape, text.shape)
-    except (LookupError, ValueError) as error:
-        raise WeightsError(f"{path}: no model can be made of it: {error!r}") from None
+    mixed = "dinov2.blocks.1.adapter.D_fc1.bias" in state       # adapters in all blocks but one
+    config = (configure("etris", bridge_width=64) if not detris else
+              PRESETS["detris-b"] if vision.shape.depth < 24 else
+              PRESETS["detris-l-mixed" if mixed else "detris-l"])
     model = wire(config, vision, text)
     model.sources = dict.fromkeys(("vision", "text"), {"file": Path(path).name, "sha256": None})
     own = {name: tensor for name, tensor in model.state_dict().items()
@@ -724,33 +719,6 @@ def load_released(path, state):
         in_our_shapes[name] = tensor
     backbones.load_tensors(own, in_our_shapes, path, RELEASED_NAMES)
     return model.eval()
-
-
-def released_config(state, vision, text):
-    """The Config of released tensors and towers of these shapes. LookupError, ValueError."""
-    def rows(pattern):
-        """Number in the name -> rows of the tensor, for the names that match."""
-        found = ((re.fullmatch(pattern, name), tensor) for name, tensor in state.items())
-        return {int(match[1]): len(tensor) for match, tensor in found if match}
-
-    # The grid of ETRIS's positions is that of the photo.
-    names = {shape._replace(grid=0): name for name, shape in VISION.items()}
-    common = {"vision": names[vision._replace(grid=0)],
-              "text": {shape: name for name, shape in TEXT.items()}[text],
-              "head_width": rows(r"neck\.aggr\.(0)\.weight")[0],
-              "head_layers": len(rows(r"decoder\.layers\.(\d+)\.ffn\.0\.weight"))}
-    third = vision.depth // 3
-    if vision.family == "dinov2":
-        visual, words = (rows(rf"{tower}\..*\.(\d+)\.adapter\.D_fc1\.weight")
-                         for tower in ("dinov2", "txt_backbone"))
-        return configure(
-            DETRIS_B, **common, features=(third, 2 * third),
-            visual_adapter_layers=tuple(sorted(visual)), visual_adapter_rank=max(visual.values()),
-            text_adapter_layers=tuple(sorted(words)), text_adapter_rank=max(words.values()))
-    bridges = rows(r"bridger\.linear1\.(\d+)\.weight")
-    return configure(
-        ETRIS_B, **common, features=(third - 1, 2 * third - 1), bridges=len(bridges),
-        bridge_width=max(bridges.values()), image_size=vision.grid * vision.patch)
 
 
 if __name__ == "__main__":

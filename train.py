@@ -11,7 +11,7 @@
 The batch size is global: the same command means the same training on any number of processes.
 
 The folder OUT (default: runs/PRESET) is the run. It holds log.jsonl (one object an epoch), last.pt,
-best.pt (by mIoU on val), val.png and curves.png. The same command continues a stopped run from
+best.pt (by mIoU on val) and val.png. The same command continues a stopped run from
 last.pt, and ends with the weights of an undisturbed run (up to rounding on GPUs). SIGTERM and
 Ctrl-C stop the run after the current step (on GPUs after at most ten more) and save it. A second
 signal ends it at once.
@@ -61,9 +61,7 @@ class Progress:
     epoch: int = 1              # the current epoch
     step: int = 0               # its steps that are done
     loss: float = 0.0           # the sum of their losses
-    skipped: int = 0            # broken refs that were replaced by others
     seconds: float = 0.0        # time that the steps took
-    best: float = -1.0          # the highest mIoU on val so far, percent
     rows: list = field(default_factory=list)        # of log.jsonl
 
 
@@ -81,12 +79,12 @@ class Trainer:
         # The compiled module shares its parameters with `net`, which keeps their names.
         self.parallel = distribute(torch.compile(net) if compiled else net, self.world, device)
         self.progress = Progress()
-        self.unread = []        # loss, number of skipped refs, and refs of steps since `read`
+        self.unread = []        # loss and refs of the steps since `read`
 
     def step(self, samples):
         """One optimization step on the next `micro_batches` of `samples`, a loader's iterator."""
         progress, micro_batches = self.progress, self.batches.micro_batches
-        total, skipped, refs = 0.0, 0, []
+        total, refs = 0.0, []
         # Dropout depends on the place in the run alone, so a resumed run repeats it.
         torch.manual_seed((self.seed * 100_003 + progress.epoch) * 1009 + self.rank
                           + 104_729 * progress.step)
@@ -103,13 +101,12 @@ class Trainer:
                 share = value / micro_batches
                 self.scaler.scale(share).backward()
             total += share.detach().double()
-            skipped += int(batch["skipped"].sum())
             refs += batch["ref"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        self.unread.append((total / self.world, skipped, refs))
+        self.unread.append((total / self.world, refs))
 
     def read(self, received=()):
         """Adds up the losses of the steps since the last call, for which it waits for the device.
@@ -117,13 +114,13 @@ class Trainer:
         received: the signals that this process got. Returns whether any process got one, the same
         in all of them. Raises ConfigError if a loss is not finite.
         """
-        losses, skipped, refs = zip(*self.unread)
+        losses, refs = zip(*self.unread)
         self.unread = []
-        others = torch.tensor([sum(skipped), len(received)], dtype=torch.float64)
-        numbers = torch.cat([torch.stack(losses), others.to(self.device)])
+        signals = torch.full_like(losses[0], len(received))
+        numbers = torch.stack([*losses, signals])
         if self.world > 1:
             dist.all_reduce(numbers)
-        *losses, skipped, signals = numbers.tolist()
+        *losses, signals = numbers.tolist()
         for value, batch in zip(losses, refs):
             if not math.isfinite(value):
                 batch = sum(evaluate.from_all(batch, self.world), [])
@@ -132,7 +129,6 @@ class Trainer:
                     f"{', '.join(batch)}; {self.path}, if saved, is from before; try a lower "
                     f"--lr in another --out, or look for what is odd in the data")
             self.progress.loss += value
-        self.progress.skipped += int(skipped)
         return signals > 0
 
     def epoch(self, loader, save_every, received, name):
@@ -229,19 +225,16 @@ def train(args, config, init, rank, world, device):
         metadata["seconds"] = sum(row["seconds"] for row in rows)
         # last.pt is written last: a run that is killed before repeats the validation.
         if rank == 0:
-            if progress.skipped or len(table) < len(val_set):
-                print(f"skipped {progress.skipped} broken refs, {len(val_set) - len(table)} "
-                      f"expressions of val", file=sys.stderr)
-            if found["miou"] > progress.best:
+            if found["miou"] > max((row["miou"] for row in progress.rows), default=-1):
                 model.save(out / "best.pt", net, epoch=epoch, miou=found["miou"], **metadata)
             show_epoch(out, rows)
-            examples = evaluate.panel([(args.preset, net, val_set)], device)
+            examples = evaluate.panel([(args.preset, net, val_set)], [table], device)
             evaluate.save_picture(examples, out / "val.png")
-        trainer.progress = progress = Progress(
-            epoch + 1, best=max(progress.best, found["miou"]), rows=rows)
+        trainer.progress = progress = Progress(epoch + 1, rows=rows)
         trainer.save()
     if rank == 0:
-        print(f"{out}: finished after epoch {config.epochs}, best mIoU on val {progress.best:.2f}, "
+        best = max(row["miou"] for row in progress.rows)
+        print(f"{out}: finished after epoch {config.epochs}, best mIoU on val {best:.2f}, "
               f"in {time.monotonic() - started:.0f} s; --out DIR starts another run")
 
 
@@ -406,10 +399,9 @@ def leave_signals_to_parent(worker):
 
 
 def show_epoch(out, rows):
-    """Writes log.jsonl and curves.png, and prints the last row."""
+    """Writes log.jsonl, and prints the last row."""
     with model.replacing(out / "log.jsonl") as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    evaluate.save_picture(evaluate.curves(rows), out / "curves.png")
     row = rows[-1]
     tqdm.write(f"epoch {row['epoch']}: loss {row['loss']:.4f}, val mIoU {row['miou']:.2f}, "
                f"oIoU {row['oiou']:.2f}, P@0.5 {row['p50']:.2f}, "
@@ -441,7 +433,6 @@ def parse_arguments():
     add("--compile", action="store_true",
         help="compile the model (minutes) before the first step; on GPUs steps are then faster")
     add("--bench", action="store_true", help="time forward pass and step; train nothing")
-    add("--json", metavar="OUT.json", help="also write the benchmark's figures here")
     evaluate.add_shared_arguments(parser, precision="auto")
     group = parser.add_argument_group("fields of the configuration",
                                       "default: the preset's; model.Config says what each is. "
@@ -500,7 +491,7 @@ def bench(args, config, init, rank, world, device):
     """Times forward pass, step, and a product of large matrices, on random numbers.
 
     Prints the first process's medians of five calls each, made while all processes work. `share`:
-    the arithmetic a second, as a part of the product's. Also writes them as JSON if asked to.
+    the arithmetic a second, as a part of the product's.
     """
     dtype = evaluate.precision_type(args.precision, device)
     torch.manual_seed(args.seed)
@@ -554,8 +545,6 @@ def bench(args, config, init, rank, world, device):
         print("| figure | value |\n|---|---:|")
         for name, value in found.items():
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
-        if args.json:
-            evaluate.save_json(found, args.json)
 
 
 def count_gflop(action, device):
@@ -577,8 +566,7 @@ def random_batch(config, samples, device):
     tokens = torch.randint(1, end, (samples, config.length), device=device)
     tokens[:, -1] = end
     image = torch.randint(256, (samples, 3, size, size), device=device).byte()
-    return {"image": image, "tokens": tokens, "mask": image[:, :1], "ref": samples * ["random"],
-            "skipped": torch.zeros(samples)}
+    return {"image": image, "tokens": tokens, "mask": image[:, :1], "ref": samples * ["random"]}
 
 
 def peak_memory_gb(device):
