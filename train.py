@@ -28,7 +28,6 @@ import math
 import os
 import resource
 import signal
-import statistics
 import sys
 import time
 import warnings
@@ -490,7 +489,7 @@ def main():
 def bench(args, config, init, rank, world, device):
     """Times forward pass, step, and a product of large matrices, on random numbers.
 
-    Prints the first process's medians of five calls each, made while all processes work. `share`:
+    Prints the first process's means of five calls each, made while all processes work. `share`:
     the arithmetic a second, as a part of the product's.
     """
     dtype = evaluate.precision_type(args.precision, device)
@@ -511,19 +510,12 @@ def bench(args, config, init, rank, world, device):
         trainer.step(iter([batch] * batches.micro_batches))
 
     def seconds(action):
-        """The median of five calls, after one that warms up."""
-        times = []
-        for _ in range(6):
-            if world > 1:
-                dist.barrier()
-            begun = benchmark.timer()           # waits for a GPU
-            action()
-            times.append(benchmark.timer() - begun)
-        return statistics.median(times[1:])
+        return benchmark.Timer("action()", globals={"action": action},      # warms up, and waits
+                               num_threads=torch.get_num_threads()).timeit(5).mean
 
-    actions = {"forward": forward, "step": step}
-    times = {name: seconds(actions[name])
-             for name in tqdm(actions, "timing", leave=False, disable=rank > 0)}
+    samples = {forward: batches.micro, step: batches.local}
+    times = {action: seconds(action)
+             for action in tqdm(samples, "timing", leave=False, disable=rank > 0)}
     memory = peak_memory_gb(device)
     # Many CPUs multiply large matrices of half precision in minutes. A GPU is at full speed only
     # after the first of many products.
@@ -536,11 +528,11 @@ def bench(args, config, init, rank, world, device):
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "precision": str(dtype or torch.float32).removeprefix("torch."),
              "peak_memory_gb": memory, "product_gflops": product_gflops}
-    for name, samples in (("forward", batches.micro), ("step", batches.local)):
-        gflop = count_gflop(actions[name], device)
-        found |= {f"{name}_images_per_s": samples * world / times[name],
-                  f"{name}_gflop_per_image": gflop / samples,
-                  f"{name}_share": gflop / times[name] / product_gflops}
+    for action, count in samples.items():
+        name, gflop = action.__name__, count_gflop(action, device)
+        found |= {f"{name}_images_per_s": count * world / times[action],
+                  f"{name}_gflop_per_image": gflop / count,
+                  f"{name}_share": gflop / times[action] / product_gflops}
     if rank == 0:
         print("| figure | value |\n|---|---:|")
         for name, value in found.items():
