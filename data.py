@@ -594,22 +594,24 @@ def invent_figures(rng, width, height, domain=DOMAINS["shapes"]):
     """Two to four figures that do not touch."""
     figures, side, number = [], max(width, height), rng.randint(2, 4)
     for attempt in itertools.count(1):
-        kind, colour = rng.choice(domain.kinds), rng.choice(list(domain.colours))
-        size = rng.choice(list(domain.sizes))
-        texture = rng.choice(domain.textures) if domain.textures else ""
+        kind, size = rng.choice(domain.kinds), rng.choice(list(domain.sizes))
         radius = side * rng.uniform(*domain.sizes[size])
         reach = radius * KINDS[kind][1] + 1
-        x, y = (rng.uniform(reach, extent - reach) for extent in (width, height))
-        if all(math.hypot(x - f.x, y - f.y) > reach + f.radius for f in figures):
-            turn = rng.uniform(-0.05, 0.05) + (math.pi / 4 if kind == "square" else 0)
-            count, *radii = KINDS[kind]
-            corners = [(2 * math.pi * i / count + turn, radius * radii[i % 2])
-                       for i in range(count)]
-            points = [(x + r * math.sin(angle), y - r * math.cos(angle)) for angle, r in corners]
-            figures.append(Figure(size, texture, colour, kind, x, y, reach, points))
+        for _ in range(5):              # places to try
+            x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
+            if all(math.hypot(x - f.x, y - f.y) > reach + f.radius for f in figures):
+                turn = rng.uniform(-0.05, 0.05) + (math.pi / 4 if kind == "square" else 0)
+                count, *radii = KINDS[kind]
+                points = [(x + radius * radii[i % 2] * math.sin(2 * math.pi * i / count + turn),
+                           y - radius * radii[i % 2] * math.cos(2 * math.pi * i / count + turn))
+                          for i in range(count)]
+                colour = rng.choice(list(domain.colours))
+                texture = rng.choice(domain.textures) if domain.textures else ""
+                figures.append(Figure(size, texture, colour, kind, x, y, reach, points))
+                break
         if len(figures) == number:
             return figures
-        if attempt % 200 == 0:          # no room is left: begin again
+        if attempt % 40 == 0:           # no room is left: begin again
             figures.clear()
 
 
@@ -675,14 +677,11 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
     described = []
     for figure in figures:
         outline = [round(v, 2) for point in figure.points for v in point]
-        mask = pycocotools.mask.decode(pycocotools.mask.frPyObjects([outline], height, width))
-        # COCO's RLE: the lengths of runs along the columns, zeros first.
-        starts = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
-        rle = {"size": [height, width], "counts": np.diff([0, *starts, mask.size]).tolist()}
+        area, = pycocotools.mask.area(pycocotools.mask.frPyObjects([outline], height, width))
         coco["annotations"].append({
             "id": len(coco["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
-            "category_id": list(KINDS).index(figure.kind) + 1, "area": int(mask.sum()),
-            "segmentation": rle if rng.random() < 0.25 else [outline]})
+            "category_id": list(KINDS).index(figure.kind) + 1, "area": int(area),
+            "segmentation": [outline]})
         choices = expressions(figure, figures, 0.06 * max(width, height), domain)
         if any(choices):
             weights = [share if texts else 0 for share, texts in zip(domain.shares, choices)]
@@ -700,9 +699,9 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
 def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
     """Draws a data set of DOMAINS into ROOT/NAME, in the REFER layout, and returns that folder.
 
-    `scenes` is {split: number}. Two figures of each scene have up to three expressions each. One
-    mask in four is an RLE. The vocabulary `merges.txt` is learned from the training expressions
-    and WORDS. The folder appears only when it is complete.
+    `scenes` is {split: number}. Two figures of each scene have up to three expressions each. The
+    vocabulary `merges.txt` is learned from the training expressions and WORDS. The folder appears
+    only when it is complete.
     """
     folder = Path(root, name)
     with drafting(folder) as draft:
