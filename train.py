@@ -78,12 +78,11 @@ class Trainer:
         # The compiled module shares its parameters with `net`, which keeps their names.
         self.parallel = distribute(torch.compile(net) if compiled else net, self.world, device)
         self.progress = Progress()
-        self.unread = []        # loss and refs of the steps since `read`
+        self.unread, self.refs = 0.0, []        # sum of losses, and refs, since `read`
 
     def step(self, samples):
         """One optimization step on the next `micro_batches` of `samples`, a loader's iterator."""
         progress, micro_batches = self.progress, self.batches.micro_batches
-        total, refs = 0.0, []
         # Dropout depends on the place in the run alone, so a resumed run repeats it.
         torch.manual_seed((self.seed * 100_003 + progress.epoch) * 1009 + self.rank
                           + 104_729 * progress.step)
@@ -99,13 +98,12 @@ class Trainer:
                 value = loss.text_to_pixel_loss(logits, masks / 255, self.net.config.exact_masks)
                 share = value / micro_batches
                 self.scaler.scale(share).backward()
-            total += share.detach().double()
-            refs += batch["ref"]
+            self.unread += share.detach().double() / self.world
+            self.refs += batch["ref"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        self.unread.append((total / self.world, refs))
 
     def read(self, received=()):
         """Adds up the losses of the steps since the last call, for which it waits for the device.
@@ -113,21 +111,18 @@ class Trainer:
         received: the signals that this process got. Returns whether any process got one, the same
         in all of them. Raises ConfigError if a loss is not finite.
         """
-        losses, refs = zip(*self.unread)
-        self.unread = []
-        signals = torch.full_like(losses[0], len(received))
-        numbers = torch.stack([*losses, signals])
+        numbers = torch.stack([self.unread, torch.full_like(self.unread, len(received))])
         if self.world > 1:
             dist.all_reduce(numbers)
-        *losses, signals = numbers.tolist()
-        for value, batch in zip(losses, refs):
-            if not math.isfinite(value):
-                batch = sum(evaluate.from_all(batch, self.world), [])
-                raise model.ConfigError(
-                    f"the loss is {value} in epoch {self.progress.epoch} with refs "
-                    f"{', '.join(batch)}; {self.path}, if saved, is from before; try a lower "
-                    f"--lr in another --out, or look for what is odd in the data")
-            self.progress.loss += value
+        value, signals = numbers.tolist()
+        if not math.isfinite(value):
+            refs = sum(evaluate.from_all(self.refs, self.world), [])
+            raise model.ConfigError(
+                f"the loss is {value} in epoch {self.progress.epoch} with refs {', '.join(refs)}; "
+                f"{self.path}, if saved, is from before; try a lower --lr in another --out, or "
+                f"look for what is odd in the data")
+        self.progress.loss += value
+        self.unread, self.refs = 0.0, []
         return signals > 0
 
     def epoch(self, loader, save_every, received, name):
