@@ -95,11 +95,16 @@ def letterbox_place(width, height, size):
 
 def letterbox(photo, size):
     """Resizes a photo (PIL, RGB) onto a square of the mean colour, bicubic: uint8 (3, S, S)."""
+    scale, left, top = letterbox_place(*photo.size, size)
+    if scale == 1 and left % 1 == top % 1 == 0:             # drawn photos: nothing to resize
+        square = Image.new("RGB", (size, size), MEAN_COLOUR)
+        square.paste(photo, (int(left), int(top)))
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
     # `warp` fills borders with 0. So the mean colour is subtracted before it, and added afterwards.
     colour = torch.tensor(MEAN_COLOUR, dtype=torch.float32)
     columns = torch.from_numpy(np.array(photo.transpose(Image.Transpose.TRANSPOSE))).flatten(1)
     columns = (columns - colour.repeat(photo.height)).unflatten(1, (-1, 3))         # (W, H, 3)
-    square = warp(columns, *letterbox_place(*photo.size, size), size, size)
+    square = warp(columns, scale, left, top, size, size)
     return (square + colour[:, None, None]).round_().clamp_(0, 255).byte().contiguous()
 
 
@@ -472,6 +477,7 @@ class Tokenizer:
         self.ranks = {pair: i for i, pair in enumerate(pairs)}
         self.size = len(vocabulary)
 
+    @functools.cache                        # most words come again
     def piece_ids(self, piece):
         """The ids of one piece of text: its bytes, merged in the order of the vocabulary."""
         word = (piece,) if piece in (START, END) else symbols_of(piece)
