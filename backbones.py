@@ -390,8 +390,8 @@ VISION = {
     "clip-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="clip"),
     "clip-l": VisionShape(14, 1024, 24, 16, grid=16, embed=768, family="clip"),
     "eva-b": VisionShape(16, 768, 12, 12, grid=14, embed=512, family="eva"),
-    "small": VisionShape(8, 96, 4, 3, grid=8, registers=2),
-    "small-clip": VisionShape(8, 96, 4, 3, grid=8, embed=96, family="clip"),
+    "small": VisionShape(8, 96, 3, 3, grid=0, registers=2, family="dinov3"),
+    "small-clip": VisionShape(8, 96, 3, 3, grid=8, embed=96, family="clip"),
 }
 TEXT = {
     "clip-b": TextShape(512, 12, 8, embed=512, vocabulary=49408, positions=77),

@@ -67,12 +67,12 @@ class Progress:
 class Trainer:
     """A model, its optimizer and its progress."""
 
-    def __init__(self, net, lr, batches, device, dtype, compiled=False, path=None, metadata=None):
+    def __init__(self, net, batches, device, dtype, compiled=False, path=None, metadata=None):
         self.net, self.batches, self.device, self.dtype = net, batches, device, dtype
         self.seed, self.rank, self.world = batches.seed, batches.rank, batches.world
         self.path, self.metadata = path, metadata       # of last.pt
         learned = [p for p in net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(learned, lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam(learned, fused=True)
         # Small gradients vanish in float16: it scales the loss, and skips steps that overflow.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         # The compiled module shares its parameters with `net`, which keeps their names.
@@ -100,10 +100,20 @@ class Trainer:
                 self.scaler.scale(share).backward()
             self.unread += share.detach().double() / self.world
             self.refs += batch["ref"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
+
+    def rate(self):
+        """The learning rate: it rises for `warmup` steps; each milestone divides it by 10."""
+        config, progress = self.net.config, self.progress
+        epoch_steps = self.batches.samples // self.batches.batch
+        step = (progress.epoch - 1) * epoch_steps + progress.step + 1
+        falls = sum(progress.epoch > end for end in config.milestones)
+        return config.lr * min(1, step / max(1, config.warmup)) * 0.1 ** falls
 
     def read(self, received=()):
         """Adds up the losses of the steps since the last call, for which it waits for the device.
@@ -192,8 +202,7 @@ def train(args, config, init, rank, world, device):
     else:
         torch.manual_seed(args.seed)
         net = model.build(config, *tower_files(args, config, init), init=init)
-    trainer = Trainer(net.to(device), config.lr, batches, device, dtype, args.compile, last,
-                      metadata)
+    trainer = Trainer(net.to(device), batches, device, dtype, args.compile, last, metadata)
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint                  # frees the second copy of weights and optimizer
@@ -201,16 +210,13 @@ def train(args, config, init, rank, world, device):
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
     progress, received = trainer.progress, catch_signals()
     for epoch in range(progress.epoch, config.epochs + 1):
-        lr = config.lr * 0.1 ** sum(epoch > end for end in config.milestones)
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = lr
         trainer.epoch(loader, args.save_every, received, f"epoch {epoch}/{config.epochs}")
 
         begun = time.monotonic()
         table = evaluate.overlaps(net, val_set, device, None, config.batch_size, args.workers,
                                   rank, world, "validating")        # in single precision
         found = evaluate.metrics(table)
-        row = {"epoch": epoch, "loss": progress.loss / progress.step, "lr": lr,
+        row = {"epoch": epoch, "loss": progress.loss / progress.step, "lr": trainer.rate(),
                "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
                "images_per_s": progress.step * config.batch_size / progress.seconds,
                "peak_memory_gb": peak_memory_gb(device),
@@ -491,8 +497,7 @@ def bench(args, config, init, rank, world, device):
     torch.manual_seed(args.seed)
     batches = GlobalBatches(config.batch_size, config.batch_size, args.micro_batch, rank, world,
                             args.seed)
-    trainer = Trainer(model.build(config).to(device), config.lr, batches, device, dtype,
-                      args.compile)
+    trainer = Trainer(model.build(config).to(device), batches, device, dtype, args.compile)
     batch = random_batch(config, batches.micro, device)
 
     def forward():
