@@ -514,10 +514,7 @@ def drafting(folder):
 
 def convert_tables(files, folder):
     """Writes Hugging Face's tables of RefCOCO (parquet) as a REFER data set. Raises DataError."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError("to read parquet files, pip install pyarrow") from None
+    import pyarrow.parquet                  # no other command needs it
     images, annotations, refs = {}, {}, []
     with drafting(folder) as draft:
         for file in dict.fromkeys(files):
@@ -782,7 +779,7 @@ def main():
             print(folder)
         else:
             print(draw_shapes(folder, name=args.command))
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ImportError) as error:
         parser.exit(2, f"data.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130)

@@ -1526,7 +1526,7 @@ class Refer(unittest.TestCase):
         with self.assertRaisesRegex(data.DataError, "no images in any of .*train2014"):
             self.read()
         with mock.patch.dict(sys.modules, pyarrow=None):
-            refused(self, data, ["parquet", "x.parquet", self.root / "x"], "pip install pyarrow")
+            refused(self, data, ["parquet", "x.parquet", self.root / "x"], "pyarrow")
 
     def test_check_prints_a_table(self):
         status, out, _ = program(data, "check", self.root)
