@@ -688,8 +688,8 @@ RELEASED_NAMES = [
 def load_released(path, state):
     """A model in eval mode from the tensors of a released DETRIS or ETRIS checkpoint.
 
-    They are those of the presets `detris-b`, `detris-l`, `detris-l-mixed`, and `etris` with bridges
-    of width 64. (Of ETRIS those on ViT-B/16.) Raises WeightsError for any others.
+    The released models are the presets `detris-b`, `detris-l`, `detris-l-mixed`, and `etris` with
+    bridges of width 64 (the one on ViT-B/16). Any other file raises WeightsError.
     """
     detris = any(name.startswith("dinov2.") for name in state)
     prefixes = ("dinov2.", "txt_backbone.") if detris else ("backbone.", "backbone.")
@@ -699,7 +699,7 @@ def load_released(path, state):
         for read, prefix in zip((backbones.load_vision, backbones.load_text), prefixes))
     state = {name: tensor for name, tensor in state.items()
              if ".adapter." in name or not name.startswith(prefixes)}
-    mixed = "dinov2.blocks.1.adapter.D_fc1.bias" in state       # adapters in all blocks but one
+    mixed = "dinov2.blocks.1.adapter.D_fc1.bias" in state       # in every block but the first
     config = (configure("etris", bridge_width=64) if not detris else
               PRESETS["detris-b"] if vision.shape.depth < 24 else
               PRESETS["detris-l-mixed" if mixed else "detris-l"])
