@@ -202,6 +202,8 @@ class TrainSet(Dataset):
             ref = self.refs[i % len(self.refs)]
             if pair := read_pair(ref, self.skip_broken):
                 break
+        else:
+            raise DataError(f"no ref can be used: every photo or mask is broken, {ref.image} too")
         photo, mask = pair
         sentence = random.Random(f"{self.seed} {epoch} {index}").choice(ref.sentences)
         return {"image": letterbox(photo, self.image_size),

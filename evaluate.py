@@ -463,7 +463,8 @@ def report_error(error, aloud=True):
         # The error of a loader's worker contains a traceback, and the error as its last line.
         text = text.strip().splitlines()[-1].removeprefix("data.DataError: ")
     elif isinstance(error, dist.DistError) or re.search("gloo|^DataLoader worker", text):
-        text = f"lost another process (out of memory? try fewer --workers): {text.splitlines()[-1]}"
+        last = text.strip().rpartition("\n")[2]
+        text = f"lost another process (out of memory? try fewer --workers): {last}"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         text = "out of memory; try a smaller --batch-size or, in training, --micro-batch"
     else:

@@ -1498,7 +1498,9 @@ class Refer(unittest.TestCase):
             self.assertEqual([train_set[1, i]["ref"] for i in range(4)],
                              [str(train_set.refs[i].id) for i in (2, 2, 2, 3)])
             self.assertEqual([expressions[i] is None for i in range(6)], [True] * 4 + [False] * 2)
-        self.assertRegex(err.getvalue(), r"(left out: .*1.jpg: cannot be read as an image.*\n){5}")
+            with self.assertRaisesRegex(data.DataError, "every photo or mask is broken, .*1.jpg"):
+                data.TrainSet(train_set.refs[:1], self.tokenizer, 64, 17, skip_broken=True)[1, 0]
+        self.assertRegex(err.getvalue(), r"(left out: .*1.jpg: cannot be read as an image.*\n){6}")
 
     def test_mixed_leaves_out_photos_of_val_and_test(self):
         for name, split_by in (("refcoco+", "unc"), ("refcocog", "umd")):
