@@ -251,7 +251,7 @@ def read_pair(ref, skip_broken=False):
     except DataError as error:
         if not skip_broken:
             raise DataError(f"{error}; --skip-broken leaves it out") from None
-        print(f"left out: {error}", file=sys.stderr)
+        tqdm.write(f"left out: {error}", file=sys.stderr)       # above the progress bar
 
 
 def decode_mask(ref):
