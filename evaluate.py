@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -28,14 +29,18 @@ import traceback
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+import adapters
+import backbones
 import data
 import model
 
 THRESHOLD = 0.35                        # of the probability, as in the authors' programs
 LEVELS = (50, 60, 70, 80, 90)           # of P@0.5 to P@0.9, in percent
+TILE = 110                              # side of a map of the inside, in pixels
 EMPTY = 50          # pixels; fewer count as none where some expressions have no target (GRES)
 HEADINGS = {"miou": "mIoU", "oiou": "oIoU", **{f"p{p}": f"P@{p / 100}" for p in LEVELS}}
 GRES = {"miou": "mIoU (gIoU)", "oiou": "oIoU (cIoU)", "n_acc": "N-acc", "t_acc": "T-acc"}
@@ -163,6 +168,8 @@ def predict_one(args, device, dtype):
     mask = predict(net, tokenizer, photo, args.text, device, dtype)
     save_picture(singled_out(photo, mask), args.output)
     save_picture(Image.fromarray(mask.astype(np.uint8) * 255), args.mask)
+    if args.inside:
+        save_picture(inside(net, tokenizer, photo, args.text, device), args.inside)
     print(f"{args.output}: the photo with its mask, {100 * mask.mean():.1f}% of the pixels; "
           f"{args.mask}: the mask alone")
 
@@ -311,6 +318,88 @@ def save_picture(picture, path):
         picture.save(file, Image.registered_extensions().get(os.path.splitext(path)[1].lower()))
 
 
+# ---- The inside of a model ------------------------------------------------------------------
+
+@torch.inference_mode()
+def inside(net, tokenizer, photo, text, device):
+    """A picture of what a model does with a photo and an expression, layer by layer.
+
+    A row for each layer in which patches (in BarLeRIa: the class token) read the words. A map shows
+    the share of each patch's attention that goes to one token, the mean over heads. Its label has
+    the mean over patches; what is missing to 100 % goes to padding. Black is 0, white the largest
+    share in the row. In other maps black is the least value, white the largest.
+    """
+    calls = []                          # of all layers, in their order
+
+    def note(layer, inputs, named, output):
+        calls.append((layer, [*inputs, *named.values()], output))
+
+    image = data.letterbox(photo, net.config.image_size)[None]
+    tokens = tokenizer([text], net.config.length)
+    with nn.modules.module.register_module_forward_hook(note, with_kwargs=True):
+        square = probabilities(net.eval(), image, tokens, device, None)[0]
+    symbols, length = [*tokenizer.ids], int(tokens.argmax()) + 1        # up to the end token
+    words = [symbols[i].removesuffix("</w>").strip("<|>").removesuffix("oftext")
+             for i in tokens[0, :length]]
+    names = {layer: name for name, layer in net.named_modules()}
+    patches, prefix, rows = math.prod(net.vision.grid(image)), net.vision.prefix, []
+    for layer, inputs, output in calls:
+        name = names.get(layer)
+        if isinstance(layer, backbones.MultiheadAttention) and inputs[1].shape[1] == len(tokens[0]):
+            shares = attention_to_words(layer, *inputs)[0]
+            rows.append((f"{name}: patches read words", word_maps(words, shares)))
+        elif isinstance(layer, adapters.DenseCrossAdapter):
+            rows[-1][1].append(("adapter's output", heat_map(output[0, -patches:].norm(dim=1))))
+        elif isinstance(net, model.BarLeRIa) and layer is net.vision.blocks[-1].attention:
+            shares = attention_of_class(layer, *inputs)
+            rows.append((f"{name}: the class token reads", [
+                *word_maps(words, shares[None, prefix:-patches]),       # none without visitors
+                ("patches", heat_map(shares[-patches:]))]))
+        elif isinstance(layer, adapters.GlobalShortcutTuning):
+            prior = inputs[2][0, -patches:].norm(dim=1)
+            rows.append((f"{name}: receives", [("global prior", heat_map(prior))]))
+        elif layer is net.head:
+            labels = *(f"after block {i + 1}" for i in net.config.features), "at the end"
+            maps = [*(x[0].norm(dim=0) for x in inputs[0]), output[0, 0], square]
+            mask = singled_out(photo, mask_of(square, *photo.size).cpu().numpy())
+            rows.append((f"{name}: receives three maps (norm at each patch), makes the mask", [
+                ("photo", photo),
+                *zip((*labels, "logits", "probability"), map(heat_map, maps)), ("mask", mask)]))
+    return sheet(rows, tile=TILE)
+
+
+def attention_to_words(layer, query, key, value, padding=None):
+    """The weights (B, queries, keys) of a `MultiheadAttention`, as PyTorch computes them."""
+    length_first = (x.transpose(0, 1) for x in (query, key, value))
+    return nn.MultiheadAttention.forward(layer, *length_first, key_padding_mask=padding)[1]
+
+
+def attention_of_class(layer, x, causal, rotary):
+    """What the first of tokens x (1, N, D) reads in a tower's `Attention`: N shares."""
+    q, k, _ = layer.qkv(x).chunk(3, dim=-1)
+    if layer.query_bias is not None:
+        q = q + layer.query_bias
+    one_hot = torch.eye(x.shape[1]).to(x).repeat(1, layer.heads)[None]         # the values
+    shares = backbones.attend(q, k, one_hot, layer.heads, causal, rotary)
+    return shares[0, 0].unflatten(0, (layer.heads, -1)).mean(0)
+
+
+def word_maps(words, shares):
+    """Labels and maps of the `words`, from shares of attention (patches, words and padding)."""
+    return [(f"{word[:11]} {100 * share.mean():.0f}%", heat_map(share, 0, shares.max()))
+            for word, share in zip(words, shares.t())]
+
+
+def heat_map(values, low=None, high=None):
+    """A picture of one number for each patch, in rows: black, red, yellow, white."""
+    low, high = (values.min(), values.max()) if high is None else (low, high)
+    side = math.isqrt(values.numel())
+    heat = ((values - low) / (high - low + 1e-12)).float().cpu().view(side, side, 1)
+    colours = (3 * heat - torch.arange(3)).clamp(0, 1) * 255
+    picture = Image.fromarray(colours.byte().numpy())
+    return ImageOps.expand(picture.resize((TILE - 2, TILE - 2), Image.Resampling.NEAREST), 1)
+
+
 # ---- Command line ---------------------------------------------------------------------------
 
 def add_shared_arguments(parser, precision):
@@ -343,6 +432,7 @@ def parse_arguments():
     add("--image", metavar="PHOTO", help="one photo instead of a data set")
     add("--text", metavar="WORDS", help="which object of the photo to segment")
     add("--output", metavar="OUT.png", help="the picture to make of it")
+    add("--inside", metavar="OUT.png", help="also draw what the model does, layer by layer")
     add("--length", type=int, metavar="N",
         help="tokens per expression (default: as in training; released checkpoints: 17, G-Ref 22)")
     add("--batch-size", type=int, default=16, metavar="N")
@@ -350,13 +440,13 @@ def parse_arguments():
     args = parser.parse_args()
     one_photo = (args.image, args.text, args.output)
     whole_splits = len(args.ckpt) > 1 or args.json or args.panel or args.split or args.dataset
-    if any(one_photo) and (None in one_photo or whole_splits):
+    if any((*one_photo, args.inside)) and (None in one_photo or whole_splits):
         parser.error("one photo takes --image, --text, --output and one --ckpt, nothing of a split")
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size is at least 1, --workers at least 0")
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
     inputs = [os.path.realpath(path) for path in (args.image, *args.ckpt) if path]
-    for path in filter(None, (args.json, args.panel, args.output, args.mask)):
+    for path in filter(None, (args.json, args.panel, args.output, args.mask, args.inside)):
         if os.path.exists(path) and (os.path.realpath(path) in inputs or not os.path.isfile(path)):
             parser.error(f"{path} is an input, or not a file; write to another place")
     return args

@@ -1710,14 +1710,56 @@ class Evaluating(unittest.TestCase):
 
     def test_one_photo(self):
         path, out = self.refs[0].image, self.root / "out.png"
+        inside = self.root / "inside.png"
         status, _, err = program(evaluate, "--ckpt", self.ckpt, "--image", path, "--output", out,
-                                 "--text", "the circle")
+                                 "--text", "the circle", "--inside", inside)
         self.assertEqual(status, 0, err)
         photo, shown, plain = (np.asarray(Image.open(file)) for file in (
             path, out, self.root / "out-mask.png"))
         mask = evaluate.predict(self.net, self.tokenizer, Image.open(path), "the circle", CPU)
         self.assertTrue(np.array_equal(plain, mask * np.uint8(255)))
         self.assertTrue(np.array_equal(shown[mask], photo[mask]) and (shown[~mask] >= 170).all())
+        # The head's three maps, logits, probability, photo and mask are seven pictures beside each
+        # other; rows: the adapter, the decoder, the head.
+        self.assertEqual(Image.open(inside).size, (7 * 120 + 10, 3 * 164))
+
+    def test_the_inside_of_other_methods(self):
+        photo = Image.open(self.refs[0].image)
+        for preset, rows in (("shapes-barleria", 4), ("shapes-etris", 4), ("shapes-lora", 2),
+                             ("shapes-barleria-local", 3)):
+            net = model.build(preset)
+            picture = evaluate.inside(net, self.tokenizer, photo, "the circle", CPU)
+            self.assertEqual(picture.height, rows * 164, preset)
+        colours = np.asarray(evaluate.heat_map(torch.tensor([0, 1 / 3, 2 / 3, 1])))
+        self.assertEqual([[*colours[y, x]] for y in (20, 80) for x in (20, 80)],
+                         [[0, 0, 0], [255, 0, 0], [255, 255, 0], [255, 255, 255]])
+
+    def test_shares_of_attention(self):
+        """Against the formula: of PyTorch's layer, and of CLIP's and EVA-02's attention."""
+        def shares(q, k, padding=torch.tensor(False)):          # (B, heads, tokens, channels)
+            weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(padding, -torch.inf)
+            return weights.softmax(-1).mean(1)
+
+        def cut(x):
+            return x.unflatten(-1, (3, -1)).transpose(1, 2)
+
+        layer = shake(backbones.MultiheadAttention(24, 3, kdim=10, vdim=10))
+        patches, words = torch.randn(2, 5, 24).double(), torch.randn(2, 4, 10).double()
+        padding = torch.tensor([[False] * 4, [False] * 2 + [True] * 2])
+        query_bias, key_bias, _ = layer.in_proj_bias.chunk(3)
+        q, k = patches @ layer.q_proj_weight.t(), words @ layer.k_proj_weight.t()
+        torch.testing.assert_close(
+            evaluate.attention_to_words(layer, patches, words, words, padding),
+            shares(cut(q + query_bias), cut(k + key_bias), padding[:, None, None]))
+        for family in ("clip", "eva"):
+            tower = backbones.ViT(backbones.VisionShape(8, 24, 1, 3, 2, embed=24, family=family))
+            layer, x = shake(tower.blocks[0].attention), torch.randn(1, 7, 24).double()
+            rotary, (q, k, _) = tower.rotary_tables((2, 2)), layer.qkv(x).chunk(3, dim=-1)
+            q, k = cut(q + (0 if rotary is None else layer.query_bias)), cut(k)
+            if rotary:
+                q, k = (backbones.rotate(x, *rotary) for x in (q, k))
+            torch.testing.assert_close(
+                evaluate.attention_of_class(layer, x, False, rotary), shares(q, k)[0, 0])
 
     def test_bad_input_gets_one_line_and_status_2(self):
         place, photo = folder(self), self.refs[0].image
