@@ -23,6 +23,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -188,7 +189,7 @@ def train(args, config, init, rank, world, device):
     tokenizer, train_set, val_set = load_data(args, config, init, rank, world)
     batches = GlobalBatches(len(train_set), config.batch_size, args.micro_batch, rank, world,
                             args.seed)
-    run = {"preset": args.preset, "dataset": args.dataset, "refs": len(train_set),
+    run = {"preset": args.preset, "dataset": args.dataset, "refs": args.refs or len(train_set),
            "keep_leaks": args.keep_leaks, "skip_broken": args.skip_broken, "seed": args.seed,
            "precision": str(dtype or torch.float32), "compile": args.compile,
            "init": init and model.sha256(init[0]), "random_towers": args.random_towers,
@@ -270,6 +271,7 @@ def load_data(args, config, init, rank, world):
                                    args.keep_leaks)
     val_refs, _ = data.read_split(args.data, args.dataset, "val", args.skip_broken)
     tokenizer = evaluate.make_tokenizer(vocabulary, config)     # after a wrong --dataset was named
+    refs = [*itertools.islice(itertools.cycle(refs[:args.refs or None]), len(refs))]
     if broken and rank == 0:
         print(f"{broken} broken entries left out of all splits", file=sys.stderr)
     size = config.image_size, config.length
@@ -422,6 +424,8 @@ def parse_arguments():
     add("--save-every", type=int, default=0, metavar="STEPS",
         help="write last.pt also every so many steps of an epoch")
     add("--seed", type=int, default=0)
+    add("--refs", type=int, default=0, metavar="N",
+        help="train on the first N refs; an epoch keeps its steps, so each ref comes more often")
     add("--micro-batch", type=int, default=0, metavar="N",
         help="samples a process takes at once; gradients add up to the batch")
     add("--keep-leaks", action="store_true",
@@ -448,8 +452,8 @@ def parse_arguments():
         args.dataset = "shapes"
     if args.dataset is None and not args.bench:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
-    if min(args.workers, args.micro_batch, args.save_every) < 0:
-        parser.error("--workers, --micro-batch and --save-every are at least 0")
+    if min(args.workers, args.micro_batch, args.save_every, args.refs) < 0:
+        parser.error("--workers, --micro-batch, --save-every and --refs are at least 0")
     given = args.random_towers, args.vision_weights, args.text_weights, args.vocabulary
     if args.init and any(given):
         parser.error("--init brings towers and vocabulary; leave --random-towers and the "
