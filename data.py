@@ -559,7 +559,8 @@ def read_row(row, draft):
 KINDS = {"circle": (32, 1.0, 1.0), "square": (4, 1.15, 1.15), "triangle": (3, 1.35, 1.35),
          "star": (10, 1.3, 0.65), "diamond": (4, 1.5, 0.8)}
 EXTREMES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
-SCENES = {"train": 6500, "val": 150, "test": 150}
+SCENES = {"shapes": {"train": 6500, "val": 150, "test": 150},
+          "shapes-b": {"train": 4700, "val": 150, "test": 150}}
 CANVASES = ((64, 64), (64, 48), (48, 64), (64, 56), (56, 64))
 FINE = 4                            # pictures are drawn so many times larger, then averaged
 ROW, COLUMN = np.mgrid[:64 * FINE, :64 * FINE] % (5 * FINE) / (5 * FINE)
@@ -701,10 +702,10 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
                           for i, s in enumerate(sentences)]})
 
 
-def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
+def draw_shapes(root, scenes=None, seed=0, name="shapes"):
     """Draws a data set of DOMAINS into ROOT/NAME, in the REFER layout, and returns that folder.
 
-    `scenes` is {split: number}. Two figures of each scene have up to three expressions each. The
+    `scenes` is {split: number}, else SCENES has them. Two figures of each scene have up to three expressions each. The
     vocabulary `merges.txt` is learned from the training expressions and WORDS. The folder appears
     only when it is complete.
     """
@@ -712,6 +713,7 @@ def draw_shapes(root, scenes=SCENES, seed=0, name="shapes"):
     with drafting(folder) as draft:
         coco, refs = {"images": [], "annotations": []}, []
         coco["categories"] = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
+        scenes = scenes or SCENES[name]
         todo = [split for split, number in scenes.items() for _ in range(number)]
         for image_id, split in enumerate(tqdm(todo, desc=f"drawing {name}", unit="scene"), 1):
             path = draft / "images" / f"{name}_{split}_{image_id:06d}.jpg"
