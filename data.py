@@ -705,9 +705,9 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
 def draw_shapes(root, scenes=None, seed=0, name="shapes"):
     """Draws a data set of DOMAINS into ROOT/NAME, in the REFER layout, and returns that folder.
 
-    `scenes` is {split: number}, else SCENES has them. Two figures of each scene have up to three expressions each. The
-    vocabulary `merges.txt` is learned from the training expressions and WORDS. The folder appears
-    only when it is complete.
+    `scenes` is {split: number}, by default SCENES[NAME]. Two figures of each scene have up to three
+    expressions each. The vocabulary `merges.txt` is learned from the training expressions and
+    WORDS. The folder appears only when it is complete.
     """
     folder = Path(root, name)
     with drafting(folder) as draft:
