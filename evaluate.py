@@ -82,31 +82,27 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     net.eval()
     batches = [range(len(dataset))[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[rank::world],
-                                         num_workers=workers, collate_fn=collate,
+                                         num_workers=workers, collate_fn=list,
                                          pin_memory=device.type == "cuda")
     rows = []
-    progress = tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0)
-    for images, tokens, masks, indices in filter(None, progress):
-        maps, pixels = probabilities(net, images, tokens, device, dtype), []
-        for square, truth in zip(maps, masks):
-            truth = truth.to(device, non_blocking=True)
+    for samples in tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0):
+        samples, pixels = [sample for sample in samples if sample], []      # None: left out
+        if not samples:
+            continue
+        images, tokens = (torch.stack([sample[key] for sample in samples])
+                          for key in ("image", "tokens"))
+        maps = probabilities(net, images, tokens, device, dtype)
+        for square, sample in zip(maps, samples):
+            truth = sample["mask"].to(device, non_blocking=True)
             predicted = mask_of(square, *truth.shape[::-1])
             # 5. Intersection and union at the photo's own size. The authors add 1e-6 to the union
             #    and read the annotation from a PNG that was drawn from the same polygons.
             pixels += [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
         pixels = torch.stack(pixels).tolist()           # waits for a GPU, once a batch
-        rows += zip(indices, pixels[::3], pixels[1::3], pixels[2::3])
+        rows += zip((sample["index"] for sample in samples),
+                    pixels[::3], pixels[1::3], pixels[2::3])
     rows = sorted(sum(from_all(rows, world), []))
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
-
-
-def collate(samples):
-    """Stacks images and tokens, lists masks and indices. Leaves out broken samples (None); [] if no
-    sample is left."""
-    samples = [sample for sample in samples if sample is not None]
-    images, tokens, masks, indices = ([sample[key] for sample in samples]
-                                      for key in ("image", "tokens", "mask", "index"))
-    return samples and (torch.stack(images), torch.stack(tokens), masks, indices)
 
 
 def metrics(table):
