@@ -59,14 +59,8 @@ PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")     # none 
 
 def normalise(images):
     """Scales uint8 images (B, 3, S, S) to the towers' input: float32, by CLIP's mean and std."""
-    mean, std = mean_and_std(images.device)
-    return (images.float() / 255 - mean) / std
-
-
-@functools.cache                            # a GPU would wait for a copy at each step
-def mean_and_std(device):
-    """MEAN and STD, each (3, 1, 1)."""
-    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+    channels = (images.float() / 255).unbind(1)
+    return torch.stack([(x - mean) / std for x, mean, std in zip(channels, MEAN, STD)], dim=1)
 
 
 def read_photo(path, upright=False):
@@ -97,8 +91,7 @@ def letterbox(photo, size):
     """Resizes a photo (PIL, RGB) onto a square of the mean colour, bicubic: uint8 (3, S, S)."""
     scale, left, top = letterbox_place(*photo.size, size)
     if scale == 1 and left % 1 == top % 1 == 0:             # drawn photos: nothing to resize
-        square = Image.new("RGB", (size, size), MEAN_COLOUR)
-        square.paste(photo, (int(left), int(top)))
+        square = ImageOps.pad(photo, (size, size), color=MEAN_COLOUR)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
     # `warp` fills borders with 0. So the mean colour is subtracted before it, and added afterwards.
     colour = torch.tensor(MEAN_COLOUR, dtype=torch.float32)
@@ -660,8 +653,7 @@ def draw_picture(rng, figures, width, height, domain):
     ground = tuple(rng.randint(*domain.ground) for _ in range(3))
     image = Image.new("RGB", (width * FINE, height * FINE), ground)
     for figure in figures:
-        colour = tuple(min(255, max(0, c + rng.randint(-14, 14)))
-                       for c in domain.colours[figure.colour])
+        colour = tuple(c + rng.randint(-14, 14) for c in domain.colours[figure.colour])
         inside = Image.new("1", image.size)
         ImageDraw.Draw(inside).polygon([(x * FINE, y * FINE) for x, y in figure.points], fill=1)
         image.paste(colour, mask=inside)
