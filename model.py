@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -397,12 +396,10 @@ METHODS = {
 def configure(preset, **overrides):
     """The configuration of a preset (or a Config) with some fields changed; lists become tuples.
 
-    Raises ConfigError.
+    Raises ConfigError; TypeError for a name that is no field.
     """
     config = PRESETS.get(preset) if isinstance(preset, str) else preset
     require(config, f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    for field in overrides:
-        require(field in asdict(config), f"a configuration has no field {field}")
     config = replace(config, **{field: tuple(value) if isinstance(value, list) else value
                                 for field, value in overrides.items()})
     check(config)
@@ -421,21 +418,18 @@ def check(config):
                 f"{field} {getattr(config, field)!r} is unknown; there are {', '.join(names)}")
     vision, text, (method, own) = VISION[config.vision], TEXT[config.text], METHODS[config.method]
     others = tuple(start for _, starts in METHODS.values() for start in starts)
-    zero = ("dropout", "global_blocks", "warmup")       # they may be 0
     for field, value in asdict(config).items():
         if field.startswith(others) and not field.startswith(own):
             require(value == getattr(Config, field), f"{field} plays no part in method "
                     f"{config.method}; take a preset of another method")
         if type(value) in (int, float):
-            least = "0 or above" if field in zero else "above 0"
-            require(value > 0 or value == 0 and least == "0 or above",
-                    f"{field} is {value}; it must be {least}")
+            enough = value >= 0 if field in ("dropout", "global_blocks", "warmup") else value > 0
+            require(enough, f"{field} {value} is too small")
     require(3 <= config.length <= text.positions,
             f"length {config.length}: {config.text} reads 3 to {text.positions} tokens")
     require(config.dropout < 1, f"dropout {config.dropout} is not below 1")
     require(len(config.features) == 2, f"features {config.features}: name two blocks")
-    require(method is not BarLeRIa or (vision.embed or vision.width) == text.embed
-            and (config.text not in PUBLISHED or config.vision == config.text),
+    require(method is not BarLeRIa or config.text in ("small", config.vision),
             f"vision {config.vision} and text {config.text} are not the two towers of one CLIP")
     layers = {"features": vision.depth}
     if method is DCRIS:
@@ -493,8 +487,7 @@ def wire(config, vision, text):
     authors' programs.
     """
     vision.legacy_position_resize = config.legacy_position_resize
-    method, _ = METHODS[config.method]
-    model = method(config, vision, text)
+    model = METHODS[config.method][0](config, vision, text)
     if config.towers_learn:
         vision.requires_grad_(True)
         text.requires_grad_(True)
@@ -520,12 +513,10 @@ def find_published(name, path=None):
     """
     if name not in PUBLISHED:               # a tower for drawn data
         return path
-    published = PUBLISHED[name]
-    path = Path(path or PRETRAINED / published.file)
+    path = Path(path or PRETRAINED / PUBLISHED[name].file)
     if not path.exists():
-        how = (f"ask for {published.file} at" if published.gated else
-               f"`python backbones.py download {name}` fetches {published.file} from")
-        raise FileNotFoundError(f"{path}: no such file; {how} {published.address}")
+        raise FileNotFoundError(f"{path}: no such file; `python backbones.py download {name}` "
+                                f"gets it, or says how, from {PUBLISHED[name].address}")
     return path
 
 
@@ -581,7 +572,6 @@ def read_checkpoint(path):
             return {"run": {}, "vocabulary": {}, "released": {
                 name.removeprefix("module."): tensor
                 for name, tensor in content["state_dict"].items()}}
-        content["towers"]["vision"], content["towers"]["text"], content["tensors"].items()
         return {**content, "config": configure(Config(), **content["config"])}
     except (KeyError, TypeError, AttributeError, RuntimeError, ConfigError) as error:
         raise WeightsError(f"{path}: not a checkpoint of this project "
@@ -603,9 +593,8 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
         for kind, given in (("vision", vision_weights), ("text", text_weights))))
     for kind, source in towers.items():
         if source and source["sha256"] not in (None, model.sources[kind]["sha256"]):
-            raise WeightsError(f"{path}: trained with {source['file']} of SHA-256 "
-                               f"{source['sha256'][:16]}..., but {kind}_weights has "
-                               f"{model.sources[kind]['sha256'][:16]}...")
+            raise WeightsError(f"{path}: {kind}_weights must be the {source['file']} of the "
+                               f"training run, of SHA-256 {source['sha256']}")
     backbones.load_tensors(tuned_tensors(model), checkpoint["tensors"], path)
     return model.eval()
 
@@ -640,49 +629,40 @@ def main():
           "embeddings. Paper: the printed figure for tuned.\n")
     print("| preset | frozen | tuned | paper | positions | head |\n|---|---:|---:|---:|---:|---:|")
     for row in rows:
-        frozen, tuned, positions, head = (
-            f"{row[part] / 1e6:.2f}" for part in ("frozen", "tuned", "positions", "head"))
-        paper = "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}"
-        print(f"| {row['preset']} | {frozen} | {tuned} | {paper} | {positions} | {head} |")
+        cells = [f"{row[part] / 1e6:.2f}" for part in ("frozen", "tuned", "positions", "head")]
+        cells.insert(2, "" if row["paper_millions"] is None else f"{row['paper_millions']:.2f}")
+        print(f"| {row['preset']} | {' | '.join(cells)} |")
 
 
 # ---- Checkpoints of the authors' programs, DETRIS and ETRIS ---------------------------------
 
 # What a tensor is called here, as a regular expression, and in their files (behind "module.").
 RELEASED_NAMES = [
-    (r"^head\.neck\.sentence\.", "neck.txt_proj."),
-    (r"^head\.neck\.maps\.(\d)\.", lambda m: f"neck.f{int(m[1]) + 3}_proj."),
-    (r"^head\.neck\.gates\.(\d)\.", lambda m: f"neck.fusion{int(m[1]) + 3}.multihead_attn."),
-    (r"\.multihead_attn\.out\.", ".multihead_attn.out_proj."),
-    (r"^head\.neck\.fuse\.", "neck.aggr."),
-    (r"^head\.neck\.coordinates\.0\.", "neck.coordconv.0.conv1."),
-    (r"^head\.neck\.coordinates\.1\.", "neck.coordconv.1."),
-    (r"^head\.decoder\.", "decoder."),
-    (r"\.self_attention(_norm)?\.", r".self_attn\1."),
-    (r"\.cross_attention\.", ".multihead_attn."),
-    (r"\.cross_attention_norm\.", ".cross_attn_norm."),
-    (r"\.feed_forward\.", ".ffn."),
+    ("^head.neck.sentence", "neck.txt_proj"), ("^head.neck.fuse", "neck.aggr"),
+    (r"^head.neck.maps.(\d)", lambda m: f"neck.f{int(m[1]) + 3}_proj"),
+    (r"^head.neck.gates.(\d)", lambda m: f"neck.fusion{int(m[1]) + 3}.multihead_attn"),
+    (r"^(neck.fusion.*)\.out\.", r"\1.out_proj."),
+    ("^head.neck.coordinates", "neck.coordconv"), ("coordconv.0", "coordconv.0.conv1"),
+    ("^head.decoder", "decoder"), (".self_attention", ".self_attn"),
+    (".cross_attention_norm", ".cross_attn_norm"), (".cross_attention", ".multihead_attn"),
+    (".feed_forward", ".ffn"), ("^head.projector.sentence", "proj.txt"),
     # They have the upsamplings between.
-    (r"^head\.projector\.image\.(\d)\.", lambda m: f"proj.vis.{(1, 3, 4)[int(m[1])]}."),
-    (r"^head\.projector\.sentence\.", "proj.txt."),
-    (r"^dense_cross_adapters\.(\d+)\.", r"dinov2.blocks.\1.adapter."),
-    (r"^text_adapters\.(\d+)\.", r"txt_backbone.transformer.resblocks.\1.adapter."),
-    (r"\.adapter\.down\.", ".adapter.D_fc1."),
-    (r"\.adapter\.up\.", ".adapter.D_fc2."),
-    (r"\.dense\.branch(\d(?:\.\d)?)\.0\.(weight|bias)$", r".dense_branch\1.conv.\2"),
-    (r"\.dense\.branch(\d(?:\.\d)?)\.1\.(?=weight|bias|running|num)", r".dense_branch\1.bn."),
-    (r"\.cross\.query\.", ".cross.image_proj."),
-    (r"\.cross\.words\.", ".cross.text_proj."),
-    (r"\.cross\.back\.", ".cross.back_proj."),
-    (r"\.cross\.attention\.", ".cross.multihead_attn."),
-    (r"^bridges\.(\d+)\.patches_down\.", r"bridger.zoom_in.\1."),
-    (r"^bridges\.(\d+)\.patches_up\.", r"bridger.zoom_out.\1."),
-    (r"^bridges\.(\d+)\.words_down\.", r"bridger.linear1.\1."),
-    (r"^bridges\.(\d+)\.words_up\.", r"bridger.linear2.\1."),
-    (r"^bridges\.(\d+)\.patches_read\.", r"bridger.fusion_v.\1.multihead_attn."),
-    (r"^bridges\.(\d+)\.words_read\.", r"bridger.fusion_t.\1.multihead_attn."),
-    (r"^bridges\.(\d+)\.patches_norm\.", lambda m: f"bridger.ln_v.{int(m[1]) - 1}."),
-    (r"^bridges\.(\d+)\.words_norm\.", lambda m: f"bridger.ln_t.{int(m[1]) - 1}."),
+    (r"^head.projector.image.(\d)", lambda m: f"proj.vis.{(1, 3, 4)[int(m[1])]}"),
+    (r"^dense_cross_adapters.(\d+)", r"dinov2.blocks.\1.adapter"),
+    (r"^text_adapters.(\d+)", r"txt_backbone.transformer.resblocks.\1.adapter"),
+    (".adapter.down", ".adapter.D_fc1"), (".adapter.up", ".adapter.D_fc2"),
+    (r".dense.branch(.*)\.0\.(\w+)$", r".dense_branch\1.conv.\2"),
+    (r".dense.branch(.*)\.1\.(\w+)$", r".dense_branch\1.bn.\2"),
+    (".cross.query", ".cross.image_proj"), (".cross.words", ".cross.text_proj"),
+    (".cross.back", ".cross.back_proj"), (".cross.attention", ".cross.multihead_attn"),
+    (r"^bridges.(\d).patches_down", r"bridger.zoom_in.\1"),
+    (r"^bridges.(\d).patches_up", r"bridger.zoom_out.\1"),
+    (r"^bridges.(\d).words_down", r"bridger.linear1.\1"),
+    (r"^bridges.(\d).words_up", r"bridger.linear2.\1"),
+    (r"^bridges.(\d).patches_read", r"bridger.fusion_v.\1.multihead_attn"),
+    (r"^bridges.(\d).words_read", r"bridger.fusion_t.\1.multihead_attn"),
+    (r"^bridges.(\d).patches_norm", lambda m: f"bridger.ln_v.{int(m[1]) - 1}"),
+    (r"^bridges.(\d).words_norm", lambda m: f"bridger.ln_t.{int(m[1]) - 1}"),
 ]
 
 
@@ -709,15 +689,12 @@ def load_released(path, state):
     own = {name: tensor for name, tensor in model.state_dict().items()
            if not name.startswith(("vision.", "text."))}
     # Some 1x1 convolutions are transposed ones, with weights (in, out, 1, 1).
-    last = config.bridges - 1
-    transposed = {"neck.f5_proj.0.weight", f"bridger.zoom_in.{last}.0.weight",
-                  *(f"bridger.zoom_out.{i}.0.weight" for i in range(last))}
+    transposed = {"neck.f5_proj.0.weight", *(f"bridger.zoom_{part}.0.weight"
+                                             for part in ("in.2", "out.0", "out.1"))}
     in_our_shapes = {}
     for name, tensor in state.items():
         if name in transposed:
             tensor = tensor.transpose(0, 1)
-        if name.startswith("bridger.zoom_"):            # two-dimensional there
-            tensor = tensor.squeeze(-1)
         if name.startswith("neck.") and ".in_proj_" in name:    # only values matter: `head.Gate`
             name, tensor = name.replace("in_proj_", "value."), tensor.chunk(3)[-1]
         in_our_shapes[name] = tensor
@@ -726,8 +703,4 @@ def load_released(path, state):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (WeightsError, ConfigError, OSError, ImportError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()
