@@ -1,7 +1,6 @@
 """From files to tensors: photos on a square, REFER data sets, CLIP's tokenizer, and drawn data.
 
-    python data.py shapes DIR       draws the data set `shapes` into DIR/shapes
-    python data.py shapes-b DIR     draws the second domain into DIR/shapes-b
+    python data.py shapes DIR       draws a data set into DIR/shapes; shapes-b: the second domain
     python data.py check DIR        counts refs and expressions, and names the first broken entry
     python data.py parquet FILE... DIR/NAME     makes a data set of Hugging Face's tables
 
@@ -525,9 +524,8 @@ def convert_tables(files, folder):
                                 f"refcoco-m ({reason(error)}); columns: {', '.join(row)}") from None
         coco = {"images": [*images.values()], "annotations": [*annotations.values()]}
         split_by = SPLIT_BY.get(folder.name, folder.name) or "umd"      # as jxu124/refcocog
-        (draft / "instances.json").write_text(
-            json.dumps(coco, default=bytes.decode), encoding="utf-8")       # bytes: an RLE's counts
-        (draft / f"refs({split_by}).json").write_text(json.dumps(refs), encoding="utf-8")
+        (draft / "instances.json").write_text(json.dumps(coco, default=bytes.decode))
+        (draft / f"refs({split_by}).json").write_text(json.dumps(refs))
 
 
 def read_row(row, draft):
@@ -539,7 +537,7 @@ def read_row(row, draft):
     name, image_id = Path(row["file_name"]).name, row["image_id"]       # refcoco-m's: a photo
     (draft / "images" / name).write_bytes(row["image"]["bytes"])
     for sample in row["samples"]:
-        height, width = sample["mask"]["size"]
+        height, width = sample["mask"]["size"]              # of an RLE, whose counts are bytes
         yield ({"id": image_id, "file_name": name, "width": width, "height": height},
                {"id": sample["id"], "image_id": image_id, "segmentation": sample["mask"]},
                {"ref_id": sample["id"], "ann_id": sample["id"], "image_id": image_id,
@@ -674,12 +672,10 @@ def draw_scene(rng, domain, image_id, path, coco, refs):
                            "width": width, "height": height})
     described = []
     for figure in figures:
-        outline = [round(v, 2) for point in figure.points for v in point]
-        area, = pycocotools.mask.area(pycocotools.mask.frPyObjects([outline], height, width))
         coco["annotations"].append({
             "id": len(coco["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
-            "category_id": list(KINDS).index(figure.kind) + 1, "area": int(area),
-            "segmentation": [outline]})
+            "category_id": list(KINDS).index(figure.kind) + 1,
+            "segmentation": [[round(v, 2) for point in figure.points for v in point]]})
         choices = expressions(figure, figures, 0.06 * max(width, height), domain)
         if any(choices):
             weights = [share if texts else 0 for share, texts in zip(domain.shares, choices)]
@@ -705,13 +701,12 @@ def draw_shapes(root, scenes=None, seed=0, name="shapes"):
     with drafting(folder) as draft:
         coco, refs = {"images": [], "annotations": []}, []
         coco["categories"] = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
-        scenes = scenes or SCENES[name]
-        todo = [split for split, number in scenes.items() for _ in range(number)]
+        todo = [split for split, number in (scenes or SCENES[name]).items() for _ in range(number)]
         for image_id, split in enumerate(tqdm(todo, desc=f"drawing {name}", unit="scene"), 1):
             path = draft / "images" / f"{name}_{split}_{image_id:06d}.jpg"
             rng = random.Random(f"{seed} {split} {image_id}")
             draw_scene(rng, DOMAINS[name], image_id, path, coco, refs)
-        (draft / "instances.json").write_text(json.dumps(coco), encoding="utf-8")
+        (draft / "instances.json").write_text(json.dumps(coco))
         (draft / f"refs({name}).p").write_bytes(pickle.dumps(refs, protocol=2))
         texts = [s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]]
         (draft / "merges.txt").write_text(learn_merges(texts + WORDS), encoding="utf-8")
@@ -775,10 +770,8 @@ def main():
             print(folder)
         else:
             print(draw_shapes(folder, name=args.command))
-    except (DataError, OSError, ImportError) as error:
-        parser.exit(2, f"data.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130)
+    except (DataError, OSError, ImportError, KeyboardInterrupt) as error:
+        parser.exit(2, f"data.py: {str(error) or 'interrupted'}\n")
 
 
 if __name__ == "__main__":
