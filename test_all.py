@@ -471,9 +471,22 @@ class Counts(unittest.TestCase):
         self.assertEqual([row for row in rows if row not in printed], [])
         self.assertGreaterEqual(len(rows), 8)
         self.assertLessEqual({"dcris-b", "barleria"}, {row.split()[1] for row in rows})
-        said = [text for published in model.PUBLISHED.values()
-                for text in (f"`{published.file}`", f"<{published.address}>")]
-        self.assertEqual([text for text in said if text not in readme], [])
+
+    def test_python_of_readme_runs(self):
+        """In its order, where a small random model is saved, and on fewer scenes and steps."""
+        place = folder(self)
+        vocabulary = data.draw_shapes(place / "data", TINY) / "merges.txt"
+        (place / "runs" / "shapes").mkdir(parents=True)
+        model.save(place / "runs" / "shapes" / "best.pt", model.build("shapes"),
+                   vocabulary={"text": vocabulary.read_text()})
+        blocks = re.findall(r"(?ms)^ *```python\n(.*?)^ *```", (HERE / "README.md").read_text())
+        self.assertGreaterEqual(len(blocks), 9)
+        scope, printed = {}, io.StringIO()
+        with contextlib.chdir(place), contextlib.redirect_stdout(printed):
+            for block in blocks:
+                exec(textwrap.dedent(block).replace("range(60)", "range(2)"), scope)
+        for fact in ("(2, 1, 128, 128)", "(2, 1, 104, 104)", "'tuned': 5280", "tensor(0., "):
+            self.assertIn(fact, printed.getvalue().replace("torch.Size([", "(").replace("])", ")"))
 
     def test_parts(self):
         with torch.device("meta"):
