@@ -2,19 +2,17 @@
 
     torchrun train.py                                   drawn data, a small model, a laptop
     torchrun --nproc_per_node=2 train.py --preset dcris-b --data DATA --dataset refcoco
-    torchrun --nproc_per_node=4 train.py --preset dcris-l --data DATA --dataset mixed
     torchrun train.py --preset shapes-lora --dataset shapes-b --init runs/shapes/best.pt
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-        train.py --preset dcris-l --data DATA --dataset refcoco+
+        train.py --preset dcris-l --data DATA --dataset mixed
     python train.py --bench --preset dcris-b --batch-size 2         how fast is this machine?
 
 The batch size is global: the same command means the same training on any number of processes.
 
 The folder OUT (default: runs/PRESET) is the run. It holds log.jsonl (one object an epoch), last.pt,
-best.pt (by mIoU on val) and val.png. The same command continues a stopped run from
-last.pt, and ends with the weights of an undisturbed run (up to rounding on GPUs). SIGTERM and
-Ctrl-C stop the run after the current step (on GPUs after at most ten more) and save it. A second
-signal ends it at once.
+best.pt (by mIoU on val) and val.png. The same command continues a stopped run from last.pt, and
+ends with the weights of an undisturbed run (up to rounding on GPUs). SIGTERM and Ctrl-C stop the
+run after the current step (on GPUs after at most ten more) and save it. Twice, they end it at once.
 """
 
 import argparse
@@ -111,8 +109,7 @@ class Trainer:
     def rate(self):
         """The learning rate: it rises for `warmup` steps; each milestone divides it by 10."""
         config, progress = self.net.config, self.progress
-        epoch_steps = self.batches.samples // self.batches.batch
-        step = (progress.epoch - 1) * epoch_steps + progress.step + 1
+        step = (progress.epoch - 1) * self.batches.steps + progress.step + 1
         falls = sum(progress.epoch > end for end in config.milestones)
         return config.lr * min(1, step / max(1, config.warmup)) * 0.1 ** falls
 
@@ -130,8 +127,7 @@ class Trainer:
             refs = sum(evaluate.from_all(self.refs, self.world), [])
             raise model.ConfigError(
                 f"the loss is {value} in epoch {self.progress.epoch} with refs {', '.join(refs)}; "
-                f"{self.path}, if saved, is from before; try a lower --lr in another --out, or "
-                f"look for what is odd in the data")
+                f"{self.path}, if saved, is from before; try a lower --lr in another --out")
         self.progress.loss += value
         self.unread, self.refs = 0.0, []
         return signals > 0
@@ -141,9 +137,8 @@ class Trainer:
 
         Saves at the end and every `save_every` steps. SystemExit, saved, if a process got a signal.
         """
-        progress = self.progress
+        progress, steps = self.progress, self.batches.steps
         self.batches.epoch, self.batches.step = progress.epoch, progress.step
-        steps = progress.step + len(self.batches) // self.batches.micro_batches
         read_every = 1 if self.device.type == "cpu" else 10         # reading makes a GPU idle
         stop, samples = False, iter(loader)
         begun = time.monotonic() - progress.seconds
@@ -292,23 +287,20 @@ class GlobalBatches:
     def __init__(self, samples, batch, micro, rank, world, seed):
         local = batch // world
         self.micro = min(micro or local, local)
-        if samples < batch or batch % world or local % self.micro:
-            raise model.ConfigError(
-                f"batch_size {batch} is more than the {samples} refs, or cannot be divided into "
-                f"equal shares of {world} process(es), each in micro-batches of {self.micro}; "
-                f"change --batch-size or --micro-batch")
+        model.require(samples >= batch and not (batch % world or local % self.micro),
+                      f"batch_size {batch} is more than the {samples} refs, or cannot be divided "
+                      f"into equal shares of {world} process(es), each in micro-batches of "
+                      f"{self.micro}; change --batch-size or --micro-batch")
         self.samples, self.batch, self.local, self.seed = samples, batch, local, seed
         self.rank, self.world, self.micro_batches = rank, world, local // self.micro
+        self.steps = samples // batch           # of an epoch
         self.epoch, self.step = 1, 0
-
-    def __len__(self):
-        return (self.samples // self.batch - self.step) * self.micro_batches
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(self.samples, generator=generator).tolist()
-        for start in range(self.step * self.batch, self.samples - self.batch + 1, self.batch):
-            first = start + self.rank * self.local
+        for step in range(self.step, self.steps):
+            first = step * self.batch + self.rank * self.local
             for i in range(first, first + self.local, self.micro):
                 yield [(self.epoch, index) for index in order[i:i + self.micro]]
 
@@ -322,9 +314,7 @@ def distribute(net, world, device):
             layer.forward = functools.partial(batch_norm_over_processes, layer)
     # Strides of dimensions of size one have no meaning, but DDP warns of them.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    # As views of the buckets in which they travel, gradients are stored once, not twice.
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
 
 
 def batch_norm_over_processes(layer, x):
@@ -332,13 +322,12 @@ def batch_norm_over_processes(layer, x):
 
     PyTorch's own SyncBatchNorm does not run on CPUs, and makes a program wait for GPUs. Here mean
     and mean square are summed over processes in one exchange, and so are their gradients in the
-    backward pass. Their difference is exact enough, as means are within 6 standard deviations of 0
-    in these models.
+    backward pass. Their difference is exact enough: means are within 6 standard deviations of 0.
     """
     if not layer.training:
         return type(layer).forward(layer, x)
-    others = [d for d in range(x.ndim) if d != 1]
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = (x if x.dtype == torch.float64 else x.float()).movedim(1, -1)        # (B, ..., C)
+    others = [*range(x.ndim - 1)]
     local = torch.stack([wide.mean(others), wide.square().mean(others)])        # (2, C)
     mean, square = all_reduce(local, "sum", dist.group.WORLD) / dist.get_world_size()
     variance = (square - mean.square()).clamp(min=0)
@@ -349,8 +338,7 @@ def batch_norm_over_processes(layer, x):
         layer.num_batches_tracked += 1
     scale = layer.weight * (variance + layer.eps).rsqrt()
     shift = layer.bias - mean * scale
-    scale, shift = (v.view(-1, *[1] * (x.ndim - 2)) for v in (scale, shift))
-    return torch.addcmul(shift, wide, scale).to(x.dtype)
+    return torch.addcmul(shift, wide, scale).movedim(-1, 1).to(x.dtype)
 
 
 # ---- Folder, resume, log --------------------------------------------------------------------
@@ -370,24 +358,21 @@ def lock_folder(out):
 def read_same_run(path, config, run):
     """The checkpoint last.pt. Raises ConfigError if it is of another run, WeightsError, OSError."""
     checkpoint = model.read_checkpoint(path)
-    model.require("progress" in checkpoint, f"{path}: not a last.pt, from which a run continues")
     before = {**asdict(checkpoint["config"]), **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
                  for key, value in {**asdict(config), **run}.items() if before.get(key) != value]
-    if different:
-        raise model.ConfigError(f"{path} is of another run: {'; '.join(different)}; --out DIR "
-                                f"starts a new run")
+    model.require(not different, f"{path} is of another run: {'; '.join(different)}; --out DIR "
+                                 f"starts a new run")
     return checkpoint
 
 
 def catch_signals():
-    """A list to which the first SIGTERM or SIGINT will be added. A second ends the process."""
+    """A list to which SIGTERM and SIGINT will be added. The same one again ends the process."""
     received = []
 
     def note(number, frame):
         received.append(number)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
@@ -395,8 +380,7 @@ def catch_signals():
 
 
 def leave_signals_to_parent(worker):
-    """Takes a loader's process out of the group that gets a terminal's and torchrun's signals: the
-    training process still needs samples until it has saved."""
+    """Keeps Ctrl-C from a loader's process: training needs its samples until it has saved."""
     os.setsid()
 
 
@@ -421,8 +405,7 @@ def parse_arguments():
         help="refcoco, refcoco+, refcocog-umd, refcocog-google, mixed, shapes, shapes-b or a "
              "folder of DATA (default of presets shapes*: shapes)")
     add("--out", metavar="DIR", help="the run's folder (default: runs/PRESET)")
-    add("--save-every", type=int, default=0, metavar="STEPS",
-        help="write last.pt also every so many steps of an epoch")
+    add("--save-every", type=int, default=0, metavar="STEPS", help="save within epochs, too")
     add("--seed", type=int, default=0)
     add("--refs", type=int, default=0, metavar="N",
         help="train on the first N refs; an epoch keeps its steps, so each ref comes more often")
@@ -430,18 +413,16 @@ def parse_arguments():
         help="samples a process takes at once; gradients add up to the batch")
     add("--keep-leaks", action="store_true",
         help="mixed: train also on photos of the val and test splits, as DCRIS's authors did")
-    add("--init", metavar="CKPT", help="take towers and vocabulary from this run on drawn data, "
-                                       "and freeze the towers (but for shapes-full)")
-    add("--random-towers", action="store_true",
-        help="towers without their weights, e.g. to try out a machine")
-    add("--compile", action="store_true",
-        help="compile the model (minutes) before the first step; on GPUs steps are then faster")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--init", metavar="CKPT", help="take towers and vocabulary from this run on drawn data, "
+                                          "and freeze the towers (but for shapes-full)")
+    either("--random-towers", action="store_true", help="towers without weights, to try a machine")
+    add("--compile", action="store_true", help="compile the model (minutes): faster steps on GPUs")
     add("--bench", action="store_true", help="time forward pass and step; train nothing")
     evaluate.add_shared_arguments(parser, precision="auto")
-    group = parser.add_argument_group("fields of the configuration",
-                                      "default: the preset's; model.Config says what each is. "
-                                      "A list of layers without a number switches adapters off, "
-                                      "--milestones without one keeps the rate constant")
+    group = parser.add_argument_group(
+        "fields of the configuration", "default: the preset's; model.Config says what each is. "
+        "Layers without a number: no adapters; --milestones without one: a constant rate")
     for entry in fields(model.Config):
         options = ({"action": argparse.BooleanOptionalAction} if entry.type is bool else
                    {"type": entry.type} if entry.type in (int, float, str) else
@@ -452,12 +433,6 @@ def parse_arguments():
         args.dataset = "shapes"
     if args.dataset is None and not args.bench:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
-    if min(args.workers, args.micro_batch, args.save_every, args.refs) < 0:
-        parser.error("--workers, --micro-batch, --save-every and --refs are at least 0")
-    given = args.random_towers, args.vision_weights, args.text_weights, args.vocabulary
-    if args.init and any(given):
-        parser.error("--init brings towers and vocabulary; leave --random-towers and the "
-                     "options for files away")
     return args
 
 
@@ -492,17 +467,14 @@ def main():
 # ---- The benchmark, and memory --------------------------------------------------------------
 
 def bench(args, config, init, rank, world, device):
-    """Times forward pass, step, and a product of large matrices, on random numbers.
+    """Prints a table of speed, arithmetic and memory, measured on random numbers.
 
-    Prints the first process's means of five calls each, made while all processes work. `share`:
-    the arithmetic a second, as a part of the product's.
+    Times are the first process's means of five calls, made while all processes work.
     """
     dtype = evaluate.precision_type(args.precision, device)
-    torch.manual_seed(args.seed)
-    batches = GlobalBatches(config.batch_size, config.batch_size, args.micro_batch, rank, world,
-                            args.seed)
+    batches = GlobalBatches(config.batch_size, config.batch_size, args.micro_batch, rank, world, 0)
     trainer = Trainer(model.build(config).to(device), batches, device, dtype, args.compile)
-    batch = random_batch(config, batches.micro, device)
+    batch, threads = random_batch(config, batches.micro, device), torch.get_num_threads()
 
     def forward():
         trainer.net.eval()
@@ -513,41 +485,32 @@ def bench(args, config, init, rank, world, device):
         trainer.net.train()
         trainer.step(iter([batch] * batches.micro_batches))
 
-    def seconds(action):
-        return benchmark.Timer("action()", globals={"action": action},      # warms up, and waits
-                               num_threads=torch.get_num_threads()).timeit(5).mean
+    def seconds(action, calls=5):
+        timer = benchmark.Timer("action()", globals={"action": action}, num_threads=threads)
+        return timer.timeit(calls).mean             # after two calls; waits for a GPU
 
     samples = {forward: batches.micro, step: batches.local}
-    times = {action: seconds(action)
-             for action in tqdm(samples, "timing", leave=False, disable=rank > 0)}
+    times = {action: seconds(action) for action in samples}
     memory = peak_memory_gb(device)
-    # Many CPUs multiply large matrices of half precision in minutes. A GPU is at full speed only
-    # after the first of many products.
-    side, repeats = (4096, 100) if device.type == "cuda" else (512 if dtype else 4096, 1)
+    # Many CPUs take minutes for a large product in half precision. A GPU is slow at the first few.
+    side, calls = (4096, 500) if device.type == "cuda" else (512 if dtype else 4096, 5)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product_gflops = repeats * 2e-9 * side**3 / seconds(
-        lambda: [backbones.linear(left, right) for _ in range(repeats)])
-    found = {"preset": args.preset, "batch": config.batch_size, "processes": world,
-             "threads": torch.get_num_threads(),
-             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-             "precision": str(dtype or torch.float32).removeprefix("torch."),
-             "peak_memory_gb": memory, "product_gflops": product_gflops}
-    for action, count in samples.items():
-        name, gflop = action.__name__, count_gflop(action, device)
-        found |= {f"{name}_images_per_s": count * world / times[action],
-                  f"{name}_gflop_per_image": gflop / count,
-                  f"{name}_share": gflop / times[action] / product_gflops}
+    product = 2e-9 * side**3 / seconds(lambda: backbones.linear(left, right), calls)
+    gflop = {action: count_gflop(action, device) for action in samples}
     if rank == 0:
-        print("| figure | value |\n|---|---:|")
-        for name, value in found.items():
-            print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
+        print(f"{args.preset}, batch {config.batch_size}, {dtype or torch.float32}, {device.type}, "
+              f"{world} process(es) of {threads} thread(s), {memory:.4g} GB of memory each\n\n"
+              f"| | images/s | GFLOP per image | share of a product's {product:.4g} GFLOP/s |\n"
+              f"|---|---:|---:|---:|")
+        for action, count in samples.items():
+            print(f"| {action.__name__} | {count * world / times[action]:.4g} | "
+                  f"{gflop[action] / count:.4g} | {gflop[action] / times[action] / product:.1%} |")
 
 
 def count_gflop(action, device):
     """The multiplications plus additions, in billions, that PyTorch counts in a call."""
     warnings.filterwarnings("ignore", "Using `torch.compile")       # about the counter's hooks
-    # The counter knows neither oneDNN's linear layer (here given two shapes) nor fused attention
-    # on CPUs.
+    # It does not know oneDNN's linear layer (here given two shapes), nor fused attention on CPUs.
     counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with plain, torch.compiler.set_stance("force_eager"), FlopCounterMode(
@@ -575,10 +538,9 @@ def peak_memory_gb(device):
 def keep_memory():
     """Makes glibc keep freed memory: to get pages from the system again costs up to a third of a
     step on CPUs. The price: the process never shrinks."""
-    with contextlib.suppress(AttributeError, OSError):          # other C libraries
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)         # M_TRIM_THRESHOLD: keep any amount
-        mallopt(-4, 0)          # M_MMAP_MAX: no block gets its own pages
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)        # glibc alone has it
+    mallopt(-1, -1)         # M_TRIM_THRESHOLD: keep any amount
+    mallopt(-4, 0)          # M_MMAP_MAX: no block gets its own pages
 
 
 if __name__ == "__main__":
