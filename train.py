@@ -388,10 +388,8 @@ def show_epoch(out, rows):
     """Writes log.jsonl, and prints the last row."""
     with model.replacing(out / "log.jsonl") as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    row = rows[-1]
-    tqdm.write(f"epoch {row['epoch']}: loss {row['loss']:.4f}, val mIoU {row['miou']:.2f}, "
-               f"oIoU {row['oiou']:.2f}, P@0.5 {row['p50']:.2f}, "
-               f"{row['images_per_s']:.0f} images/s, {row['seconds']:.0f} s")
+    tqdm.write("epoch {epoch}: loss {loss:.4f}, val mIoU {miou:.2f}, oIoU {oiou:.2f}, "
+               "P@0.5 {p50:.2f}, {images_per_s:.0f} images/s, {seconds:.0f} s".format(**rows[-1]))
 
 
 # ---- Command line ---------------------------------------------------------------------------
@@ -420,9 +418,8 @@ def parse_arguments():
     add("--compile", action="store_true", help="compile the model (minutes): faster steps on GPUs")
     add("--bench", action="store_true", help="time forward pass and step; train nothing")
     evaluate.add_shared_arguments(parser, precision="auto")
-    group = parser.add_argument_group(
-        "fields of the configuration", "default: the preset's; model.Config says what each is. "
-        "Layers without a number: no adapters; --milestones without one: a constant rate")
+    group = parser.add_argument_group("fields of the configuration", "default: the preset's; see "
+                                      "model.Config. A list without a number is empty")
     for entry in fields(model.Config):
         options = ({"action": argparse.BooleanOptionalAction} if entry.type is bool else
                    {"type": entry.type} if entry.type in (int, float, str) else
@@ -510,7 +507,7 @@ def bench(args, config, init, rank, world, device):
 def count_gflop(action, device):
     """The multiplications plus additions, in billions, that PyTorch counts in a call."""
     warnings.filterwarnings("ignore", "Using `torch.compile")       # about the counter's hooks
-    # It does not know oneDNN's linear layer (here given two shapes), nor fused attention on CPUs.
+    # The counter does not know oneDNN's linear layer (given two shapes) or CPUs' fused attention.
     counts = {backbones.ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with plain, torch.compiler.set_stance("force_eager"), FlopCounterMode(
