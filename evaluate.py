@@ -29,7 +29,7 @@ import traceback
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -41,7 +41,6 @@ import model
 THRESHOLD = 0.35                        # of the probability, as in the authors' programs
 LEVELS = (50, 60, 70, 80, 90)           # of P@0.5 to P@0.9, in percent
 TILE = 110                              # side of a map of the inside, in pixels
-EMPTY = 50          # pixels; fewer count as none where some expressions have no target (GRES)
 HEADINGS = {"miou": "mIoU", "oiou": "oIoU", **{f"p{p}": f"P@{p / 100}" for p in LEVELS}}
 GRES = {"miou": "mIoU (gIoU)", "oiou": "oIoU (cIoU)", "n_acc": "N-acc", "t_acc": "T-acc"}
 BAD_INPUT = (model.WeightsError, model.ConfigError, data.DataError, OSError)
@@ -55,14 +54,13 @@ def probabilities(net, images, tokens, device, dtype):
         images, tokens = (x.to(device, non_blocking=True) for x in (images, tokens))
         logits = net(data.normalise(images), tokens)
     if net.config.exact_masks:          # as in `loss`
-        logits = torch.nn.functional.interpolate(logits.float(), images.shape[-2:], mode="bilinear")
-        return logits.sigmoid()[:, 0]
+        return F.interpolate(logits.float(), images.shape[-2:], mode="bilinear").sigmoid()[:, 0]
     # 1. Sigmoid, in single precision.
     # 2. Bicubic interpolation from the logits' side s to S with aligned corners: pixel i moves to
     #    i * (S - 1) / (s - 1). In training it is at i * S / s (`loss`), so a mask drifts by up to
     #    one pixel of the logits to the lower right. Every published figure contains this drift.
-    return torch.nn.functional.interpolate(
-        logits.float().sigmoid(), images.shape[-2:], mode="bicubic", align_corners=True)[:, 0]
+    return F.interpolate(logits.float().sigmoid(), images.shape[-2:], mode="bicubic",
+                         align_corners=True)[:, 0]
 
 
 def mask_of(square, width, height):
@@ -98,9 +96,8 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
             # 5. Intersection and union at the photo's own size. The authors add 1e-6 to the union
             #    and read the annotation from a PNG that was drawn from the same polygons.
             pixels += [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
-        pixels = torch.stack(pixels).tolist()           # waits for a GPU, once a batch
-        rows += zip((sample["index"] for sample in samples),
-                    pixels[::3], pixels[1::3], pixels[2::3])
+        counts = torch.stack(pixels).view(-1, 3).tolist()       # waits for a GPU, once a batch
+        rows += [[sample["index"], *three] for sample, three in zip(samples, counts)]
     rows = sorted(sum(from_all(rows, world), []))
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
@@ -115,25 +112,23 @@ def metrics(table):
     if not len(table):
         raise data.DataError("no expression could be evaluated: every photo is broken")
     targets = table[:, 3] > 0
-    intersections, unions, ious, empty = count_overlaps(table, not targets.all())
+    intersections, unions, ious, empty = count_overlaps(table)
     found = {"miou": ious.mean(), "oiou": intersections.sum() / max(1, unions.sum()),
-             **{f"p{p}": (ious[targets] > p / 100).sum() / max(1, targets.sum()) for p in LEVELS}}
+             **{f"p{p}": (ious[targets] > p / 100).mean() for p in LEVELS}}
     if not targets.all():
-        found |= {"n_acc": empty[~targets].mean(),
-                  "t_acc": (~empty[targets]).sum() / max(1, targets.sum())}
+        found |= {"n_acc": empty[~targets].mean(), "t_acc": (~empty[targets]).mean()}
     return {**{key: 100 * float(value) for key, value in found.items()}, "expressions": len(table)}
 
 
-def count_overlaps(table, no_targets):
+def count_overlaps(table):
     """Each row's intersection, union and IoU, and whether its prediction counts as empty.
 
-    `no_targets`: some expressions have no target. Then predictions of fewer than 50 pixels count as
-    empty, as the GRES paper does for its baselines. Their intersection is 0. If there is no target
-    either, the union is 0 and the IoU 1. Any other prediction without target has IoU 0 and adds to
-    the unions, as in ReLA's evaluation.
+    Where some expressions have no target, predictions of fewer than 50 pixels count as empty, as
+    the GRES paper does for its baselines: the intersection is 0 and, without target, the union 0
+    and the IoU 1. Other predictions without target have IoU 0 and add to the unions, as in ReLA.
     """
     _, intersections, unions, targets = table.T
-    empty = no_targets & (unions - targets + intersections < EMPTY)
+    empty = (targets == 0).any() & (unions - targets + intersections < 50)
     intersections = np.where(empty, 0, intersections)
     unions = np.where(empty & (targets == 0), 0, unions)
     return intersections, unions, np.where(unions, intersections / np.maximum(1, unions), 1), empty
@@ -148,12 +143,9 @@ def predict(net, tokenizer, photo, text, device, dtype=None):
     """
     if not data.clean(text):
         raise data.DataError("the expression is empty; say which object to segment")
-    net.eval()
-    tokens, most = len(tokenizer.encode(text)), net.config.length - 2
-    if tokens > most:
-        print(f"the expression has {tokens} tokens, of which {most} are read", file=sys.stderr)
-    image = data.letterbox(photo, net.config.image_size)
-    square = probabilities(net, image[None], tokenizer([text], net.config.length), device, dtype)[0]
+    image = data.letterbox(photo, net.config.image_size)[None]
+    tokens = tokenizer([text], net.config.length)
+    square = probabilities(net.eval(), image, tokens, device, dtype)[0]
     return mask_of(square, *photo.size).cpu().numpy()
 
 
@@ -161,6 +153,9 @@ def predict_one(args, device, dtype):
     """--image and --text: one photo, one expression, one mask."""
     photo = data.read_photo(args.image, upright=True)
     net, tokenizer, _ = load_checkpoint(args.ckpt[0], args, device)
+    tokens, most = len(tokenizer.encode(args.text)), net.config.length - 2
+    if tokens > most:
+        print(f"the expression has {tokens} tokens, of which {most} are read", file=sys.stderr)
     mask = predict(net, tokenizer, photo, args.text, device, dtype)
     save_picture(singled_out(photo, mask), args.output)
     save_picture(Image.fromarray(mask.astype(np.uint8) * 255), args.mask)
@@ -178,23 +173,19 @@ def evaluate_all(args, rank, world, device, dtype):
     results, heading, models, tables = {}, None, [], []
     for path in args.ckpt:
         net, tokenizer, checkpoint = load_checkpoint(path, args, device)
-        run, released = checkpoint["run"], "released" in checkpoint
+        run = checkpoint["run"]
         name = args.dataset or run.get("dataset")
-        if name in (None, "mixed"):
-            raise data.DataError(f"{path}: its data set is {name or 'unknown'}; choose one to "
-                                 f"evaluate it on, e.g. --dataset refcoco")
-        length = args.length or (
-            data.LENGTHS.get(name, 17) if released else net.config.length)
-        most = model.TEXT[net.config.text].positions
-        model.require(3 <= length <= most, f"--length {length}: the text tower reads 3 to {most}")
-        about = [path, run.get("preset", "released " * released + net.config.method),
+        model.require(name not in (None, "mixed"), f"{path}: its data set is {name or 'unknown'}; "
+                      f"choose one to evaluate it on, e.g. --dataset refcoco")
+        released = "released " if "released" in checkpoint else ""
+        about = [path, run.get("preset", f"{released}{net.config.method}"),
                  f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
         splits = args.split or data.held_out_splits(args.data, name)
         for split in splits:
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
-                                         length, args.skip_broken)
+                                         net.config.length, args.skip_broken)
             table = overlaps(net, dataset, device, dtype, args.batch_size, args.workers, rank,
                              world, f"{name} {split}")
             figures = metrics(table)
@@ -226,18 +217,18 @@ def load_checkpoint(path, args, device):
     """The model of a checkpoint, its tokenizer, and what `model.read_checkpoint` found."""
     checkpoint = model.read_checkpoint(path)
     net = model.load(path, args.vision_weights, args.text_weights, checkpoint).to(device)
-    vocabulary = checkpoint["vocabulary"].get("text", "").encode()
-    if args.vocabulary or not vocabulary:
-        vocabulary = model.find_published("vocabulary", args.vocabulary)
+    length = data.LENGTHS.get(args.dataset) if "released" in checkpoint else None
+    net.config = model.configure(net.config, length=args.length or length or net.config.length)
+    own = checkpoint["vocabulary"].get("text", "").encode()
+    vocabulary = args.vocabulary or own or model.find_published("vocabulary")
     return net, make_tokenizer(vocabulary, net.config), checkpoint
 
 
 def make_tokenizer(vocabulary, config):
     """The tokenizer of a file, or its bytes. ConfigError if the text tower has fewer entries."""
     tokenizer, most = data.Tokenizer(vocabulary), model.TEXT[config.text].vocabulary
-    if tokenizer.size > most:
-        raise model.ConfigError(f"the vocabulary has {tokenizer.size} entries, the text tower "
-                                f"{config.text} only {most}; choose another --vocabulary")
+    model.require(tokenizer.size <= most, f"the vocabulary has {tokenizer.size} entries, the text "
+                  f"tower {config.text} only {most}; choose another --vocabulary")
     return tokenizer
 
 
@@ -250,33 +241,23 @@ def table_row(*cells):
 def panel(models, tables, device, dtype=None):
     """A picture of examples: photo, truth, and the mask that each model predicts, with its IoU.
 
-    models: (name, model, its data set) of each, all of the same expressions. tables: theirs, from
-    `overlaps`.
+    models: (name, model, data set) of each, all of the same expressions; tables: from `overlaps`.
     """
-    no_targets = (tables[0][:, 3] == 0).any()
-    ious = np.stack([count_overlaps(table, no_targets)[2] for table in tables])
-    dataset, strips = models[0][2], []
+    ious, strips = np.stack([count_overlaps(table)[2] for table in tables]), []
     for row in choose_examples(ious):
-        index = int(tables[0][row, 0])
-        ref, sentence = dataset.pairs[index]
-        photo, truth = data.read_photo(ref.image), dataset[index]["mask"].numpy()
-        shown = [("", photo), ("truth", singled_out(photo, truth))]
-        for (name, net, own), iou in zip(models, ious[:, row]):
-            sample = own[index]
-            square = probabilities(net.eval(), sample["image"][None], sample["tokens"][None],
-                                   device, dtype)[0]
-            mask = mask_of(square, *photo.size).cpu().numpy()
+        ref, sentence = models[0][2].pairs[int(tables[0][row, 0])]
+        photo, truth = data.read_pair(ref)
+        shown = [("", photo), ("truth", singled_out(photo, truth.numpy() > 0))]
+        for (name, net, dataset), iou in zip(models, ious[:, row]):
+            mask = predict(net, dataset.tokenizer, photo, sentence, device, dtype)
             shown.append((f"{name}: IoU {100 * iou:.1f}", singled_out(photo, mask)))
         strips.append((data.clean(sentence), shown))
     return sheet(strips, columns=2 if len(models) == 1 else 1)
 
 
 def choose_examples(ious):
-    """The rows of eight examples. `ious`: (models, expressions).
-
-    Of one model: evenly spaced. Of several: the six on which they differ most, and the two whose
-    best IoU is lowest.
-    """
+    """The rows of eight examples, from IoUs (models, expressions). Of one model: evenly spaced. Of
+    several: the six on which they differ most, and the two whose best IoU is lowest."""
     if len(ious) == 1:
         return sorted({round(i * (ious.shape[1] - 1) / 7) for i in range(8)})
     differ = np.argsort(ious.min(0) - ious.max(0), kind="stable")[:6]
@@ -303,9 +284,8 @@ def sheet(strips, columns=1, tile=180):
 
 def singled_out(photo, mask):
     """The photo (RGB) in pale grey, except where its mask (bool, same size) is true."""
-    grey = np.asarray(photo.convert("L"))[..., None]
-    shown = np.where(mask[..., None], np.asarray(photo), 170 + grey // 4)
-    return Image.fromarray(shown.astype(np.uint8))
+    pale = photo.convert("L").point(lambda grey: 170 + grey // 4).convert("RGB")
+    return Image.composite(photo, pale, Image.fromarray(mask))
 
 
 def save_picture(picture, path):
@@ -332,7 +312,7 @@ def inside(net, tokenizer, photo, text, device):
 
     image = data.letterbox(photo, net.config.image_size)[None]
     tokens = tokenizer([text], net.config.length)
-    with nn.modules.module.register_module_forward_hook(note, with_kwargs=True):
+    with torch.nn.modules.module.register_module_forward_hook(note, with_kwargs=True):
         square = probabilities(net.eval(), image, tokens, device, None)[0]
     symbols, length = [*tokenizer.ids], int(tokens.argmax()) + 1        # up to the end token
     words = [symbols[i].removesuffix("</w>").strip("<|>").removesuffix("oftext")
@@ -367,7 +347,7 @@ def inside(net, tokenizer, photo, text, device):
 def attention_to_words(layer, query, key, value, padding=None):
     """The weights (B, queries, keys) of a `MultiheadAttention`, as PyTorch computes them."""
     length_first = (x.transpose(0, 1) for x in (query, key, value))
-    return nn.MultiheadAttention.forward(layer, *length_first, key_padding_mask=padding)[1]
+    return torch.nn.MultiheadAttention.forward(layer, *length_first, key_padding_mask=padding)[1]
 
 
 def attention_of_class(layer, x, causal, rotary):
