@@ -11,8 +11,7 @@ intersections over the sum of all unions; LAVT and later papers print it. P@0.5 
 expressions with an IoU above 0.5. mIoU and oIoU differ by several points: compare like with like.
 
 The figures follow the released programs of CRIS, ETRIS and DETRIS, step by step: see the comments
-1 and 2 in `probabilities`, 3 and 4 in `mask_of`, 5 in `overlaps`. The model runs in single
-precision, on GPUs too, unless --precision says otherwise.
+1 to 5 below. The model runs in single precision, on GPUs too, unless --precision says otherwise.
 """
 
 import argparse
@@ -98,8 +97,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
             pixels += [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
         counts = torch.stack(pixels).view(-1, 3).tolist()       # waits for a GPU, once a batch
         rows += [[sample["index"], *three] for sample, three in zip(samples, counts)]
-    rows = sorted(sum(from_all(rows, world), []))
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+    return np.array(sorted(sum(from_all(rows, world), [])), dtype=np.int64).reshape(-1, 4)
 
 
 def metrics(table):
@@ -161,8 +159,7 @@ def predict_one(args, device, dtype):
     save_picture(Image.fromarray(mask.astype(np.uint8) * 255), args.mask)
     if args.inside:
         save_picture(inside(net, tokenizer, photo, args.text, device), args.inside)
-    print(f"{args.output}: the photo with its mask, {100 * mask.mean():.1f}% of the pixels; "
-          f"{args.mask}: the mask alone")
+    print(f"{args.output}, {args.mask}: the mask has {100 * mask.mean():.1f}% of the pixels")
 
 
 # ---- Whole splits and the table -------------------------------------------------------------
@@ -177,9 +174,8 @@ def evaluate_all(args, rank, world, device, dtype):
         name = args.dataset or run.get("dataset")
         model.require(name not in (None, "mixed"), f"{path}: its data set is {name or 'unknown'}; "
                       f"choose one to evaluate it on, e.g. --dataset refcoco")
-        released = "released " if "released" in checkpoint else ""
-        about = [path, run.get("preset", f"{released}{net.config.method}"),
-                 f"{model.count(net)['tuned']:,}"]
+        method = ("released " if "released" in checkpoint else "") + net.config.method
+        about = [path, run.get("preset", method), f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
         splits = args.split or data.held_out_splits(args.data, name)
         for split in splits:
@@ -305,42 +301,38 @@ def inside(net, tokenizer, photo, text, device):
     the mean over patches; what is missing to 100 % goes to padding. Black is 0, white the largest
     share in the row. In other maps black is the least value, white the largest.
     """
-    calls = []                          # of all layers, in their order
-
-    def note(layer, inputs, named, output):
-        calls.append((layer, [*inputs, *named.values()], output))
-
     image = data.letterbox(photo, net.config.image_size)[None]
     tokens = tokenizer([text], net.config.length)
-    with torch.nn.modules.module.register_module_forward_hook(note, with_kwargs=True):
+    calls, hook = [], torch.nn.modules.module.register_module_forward_hook      # of all layers
+    with hook(lambda layer, inputs, named, output: calls.append(
+            (layer, [*inputs, *named.values()], output)), with_kwargs=True):
         square = probabilities(net.eval(), image, tokens, device, None)[0]
-    symbols, length = [*tokenizer.ids], int(tokens.argmax()) + 1        # up to the end token
+    symbols = [*tokenizer.ids]
     words = [symbols[i].removesuffix("</w>").strip("<|>").removesuffix("oftext")
-             for i in tokens[0, :length]]
+             for i in tokens[0, :tokens.argmax() + 1]]                  # up to the end token
     names = {layer: name for name, layer in net.named_modules()}
     patches, prefix, rows = math.prod(net.vision.grid(image)), net.vision.prefix, []
     for layer, inputs, output in calls:
-        name = names.get(layer)
         if isinstance(layer, backbones.MultiheadAttention) and inputs[1].shape[1] == len(tokens[0]):
             shares = attention_to_words(layer, *inputs)[0]
-            rows.append((f"{name}: patches read words", word_maps(words, shares)))
+            rows.append((f"{names[layer]}: patches read words", word_maps(words, shares)))
         elif isinstance(layer, adapters.DenseCrossAdapter):
             rows[-1][1].append(("adapter's output", heat_map(output[0, -patches:].norm(dim=1))))
         elif isinstance(net, model.BarLeRIa) and layer is net.vision.blocks[-1].attention:
             shares = attention_of_class(layer, *inputs)
-            rows.append((f"{name}: the class token reads", [
+            rows.append((f"{names[layer]}: the class token reads", [
                 *word_maps(words, shares[None, prefix:-patches]),       # none without visitors
                 ("patches", heat_map(shares[-patches:]))]))
         elif isinstance(layer, adapters.GlobalShortcutTuning):
             prior = inputs[2][0, -patches:].norm(dim=1)
-            rows.append((f"{name}: receives", [("global prior", heat_map(prior))]))
+            rows.append((f"{names[layer]}: receives", [("global prior", heat_map(prior))]))
         elif layer is net.head:
-            labels = *(f"after block {i + 1}" for i in net.config.features), "at the end"
+            labels = [*(f"after block {i + 1}" for i in net.config.features), "at the end",
+                      "logits", "probability"]
             maps = [*(x[0].norm(dim=0) for x in inputs[0]), output[0, 0], square]
             mask = singled_out(photo, mask_of(square, *photo.size).cpu().numpy())
-            rows.append((f"{name}: receives three maps (norm at each patch), makes the mask", [
-                ("photo", photo),
-                *zip((*labels, "logits", "probability"), map(heat_map, maps)), ("mask", mask)]))
+            shown = [("photo", photo), *zip(labels, map(heat_map, maps)), ("mask", mask)]
+            rows.append(("head: receives three maps (norm at each patch), makes the mask", shown))
     return sheet(rows, tile=TILE)
 
 
@@ -353,8 +345,7 @@ def attention_to_words(layer, query, key, value, padding=None):
 def attention_of_class(layer, x, causal, rotary):
     """What the first of tokens x (1, N, D) reads in a tower's `Attention`: N shares."""
     q, k, _ = layer.qkv(x).chunk(3, dim=-1)
-    if layer.query_bias is not None:
-        q = q + layer.query_bias
+    q = q if layer.query_bias is None else q + layer.query_bias
     one_hot = torch.eye(x.shape[1]).to(x).repeat(1, layer.heads)[None]         # the values
     shares = backbones.attend(q, k, one_hot, layer.heads, causal, rotary)
     return shares[0, 0].unflatten(0, (layer.heads, -1)).mean(0)
@@ -382,29 +373,25 @@ def add_shared_arguments(parser, precision):
     """The arguments that train.py takes as well; `precision`: the default of --precision."""
     add = parser.add_argument
     add("--data", default="data", metavar="DIR", help="the data folder")
-    add("--vision-weights", metavar="FILE",
-        help="the vision tower's file (default: its published name in pretrained/)")
-    add("--text-weights", metavar="FILE", help="the text tower's file, likewise")
-    add("--vocabulary", metavar="FILE", help="the tokenizer's file, likewise")
+    add("--vision-weights", metavar="FILE", help="default: the published file in pretrained/")
+    add("--text-weights", metavar="FILE", help="likewise")
+    add("--vocabulary", metavar="FILE", help="likewise, of the tokenizer")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default=precision,
         help="auto: bf16 or fp16 on GPUs, fp32 on CPUs (default: %(default)s)")
     add("--workers", type=int, metavar="N", default=4 if torch.cuda.is_available() else 0,
         help="loader processes beside every training or evaluating one")
-    add("--skip-broken", action="store_true",
-        help="leave out broken photos and entries, and count them")
+    add("--skip-broken", action="store_true", help="leave out broken photos and entries")
 
 
 def parse_arguments():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="FILE")
-    add("--dataset", metavar="NAME",
-        help="refcoco, refcoco+, refcocog-umd, refcocog-google, shapes, shapes-b or a folder of "
-             "DATA (default: what the checkpoint was trained on)")
+    add("--dataset", metavar="NAME", help="refcoco, refcoco+, refcocog-umd, refcocog-google or any "
+        "folder of DATA, such as shapes (default: what the checkpoint was trained on)")
     add("--split", nargs="+", metavar="SPLIT", help="default: all but train")
     add("--json", metavar="OUT.json", help="also write the figures here")
-    add("--panel", metavar="OUT.png", help="also draw examples of the first split; "
-        "of several checkpoints those on which they differ most, and two on which all are poor")
+    add("--panel", metavar="OUT.png", help="also draw examples of each checkpoint's first split")
     add("--image", metavar="PHOTO", help="one photo instead of a data set")
     add("--text", metavar="WORDS", help="which object of the photo to segment")
     add("--output", metavar="OUT.png", help="the picture to make of it")
@@ -418,8 +405,6 @@ def parse_arguments():
     whole_splits = len(args.ckpt) > 1 or args.json or args.panel or args.split or args.dataset
     if any((*one_photo, args.inside)) and (None in one_photo or whole_splits):
         parser.error("one photo takes --image, --text, --output and one --ckpt, nothing of a split")
-    if args.batch_size < 1 or args.workers < 0:
-        parser.error("--batch-size is at least 1, --workers at least 0")
     args.mask = args.output and f"{os.path.splitext(args.output)[0]}-mask.png"
     inputs = [os.path.realpath(path) for path in (args.image, *args.ckpt) if path]
     for path in filter(None, (args.json, args.panel, args.output, args.mask, args.inside)):
@@ -443,8 +428,7 @@ def main():
 def processes():
     """Joins torchrun's processes, if there are some. Yields rank, world size and device.
 
-    The local rank chooses the GPU, so several machines work. If one process fails, all end, and
-    only the first to fail prints its error.
+    If one process fails, all end, and only the first to fail prints its error.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0, 1, local_device()
@@ -469,14 +453,13 @@ def processes():
 
 
 def local_device():
-    """This process's GPU, or the CPU. ConfigError if the machine has fewer GPUs than processes."""
+    """The GPU of the local rank, or the CPU. ConfigError for fewer GPUs than local processes."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False         # single precision is single precision
     gpus = torch.cuda.device_count()
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
-        raise model.ConfigError(f"more processes than GPUs, of which there are {gpus}; choose a "
-                                f"smaller --nproc_per_node")
+    model.require(int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus,
+                  f"more processes than the {gpus} GPUs; choose a smaller --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
@@ -484,10 +467,9 @@ def local_device():
 
 def from_all(thing, world):
     """Every process gets the list of what all processes passed as `thing`, in order of rank."""
-    if world == 1:
-        return [thing]
-    things = [None] * world
-    dist.all_gather_object(things, thing)
+    things = [thing] * world
+    if world > 1:
+        dist.all_gather_object(things, thing)
     return things
 
 
@@ -495,8 +477,7 @@ def precision_type(precision, device):
     """The type of mixed precision, or None for single. `auto` is single on CPUs, bfloat16 on GPUs
     that have it, and float16 on older ones."""
     if precision == "auto" and device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp16"
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
