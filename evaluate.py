@@ -54,18 +54,16 @@ def probabilities(net, images, tokens, device, dtype):
         logits = net(data.normalise(images), tokens)
     if net.config.exact_masks:          # as in `loss`
         return F.interpolate(logits.float(), images.shape[-2:], mode="bilinear").sigmoid()[:, 0]
-    # 1. Sigmoid, in single precision.
-    # 2. Bicubic interpolation from the logits' side s to S with aligned corners: pixel i moves to
-    #    i * (S - 1) / (s - 1). In training it is at i * S / s (`loss`), so a mask drifts by up to
-    #    one pixel of the logits to the lower right. Every published figure contains this drift.
+    # 1. Sigmoid, in single precision. 2. Bicubic interpolation from side s to S, corners aligned:
+    # pixel i moves to i * (S - 1) / (s - 1). In training it is at i * S / s (`loss`), so a mask
+    # drifts by up to one pixel of the logits to the lower right, in every published figure, too.
     return F.interpolate(logits.float().sigmoid(), images.shape[-2:], mode="bicubic",
                          align_corners=True)[:, 0]
 
 
 def mask_of(square, width, height):
     """Probabilities (S, S) to the mask, bool (height, width), at the photo's own size."""
-    # 3. Bicubic interpolation from the square to the photo, as cv2.warpAffine does.
-    # 4. The mask is where the probability is above the threshold.
+    # 3. Bicubic interpolation to the photo's size, as cv2.warpAffine does. 4. The threshold.
     return data.unletterbox(square, width, height) > THRESHOLD
 
 
@@ -76,7 +74,6 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     The processes take whole batches in turn. So any number of processes computes the same batches
     and counts every expression once. All of them get the full table.
     """
-    net.eval()
     batches = [range(len(dataset))[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[rank::world],
                                          num_workers=workers, collate_fn=list,
@@ -88,7 +85,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
             continue
         images, tokens = (torch.stack([sample[key] for sample in samples])
                           for key in ("image", "tokens"))
-        maps = probabilities(net, images, tokens, device, dtype)
+        maps = probabilities(net.eval(), images, tokens, device, dtype)
         for square, sample in zip(maps, samples):
             truth = sample["mask"].to(device, non_blocking=True)
             predicted = mask_of(square, *truth.shape[::-1])
@@ -170,15 +167,13 @@ def evaluate_all(args, rank, world, device, dtype):
     results, heading, models, tables = {}, None, [], []
     for path in args.ckpt:
         net, tokenizer, checkpoint = load_checkpoint(path, args, device)
-        run = checkpoint["run"]
-        name = args.dataset or run.get("dataset")
+        name = args.dataset or checkpoint["run"].get("dataset")
         model.require(name not in (None, "mixed"), f"{path}: its data set is {name or 'unknown'}; "
                       f"choose one to evaluate it on, e.g. --dataset refcoco")
         method = ("released " if "released" in checkpoint else "") + net.config.method
-        about = [path, run.get("preset", method), f"{model.count(net)['tuned']:,}"]
+        about = [path, checkpoint["run"].get("preset", method), f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
-        splits = args.split or data.held_out_splits(args.data, name)
-        for split in splits:
+        for i, split in enumerate(args.split or data.held_out_splits(args.data, name)):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
             dataset = data.ExpressionSet(refs, tokenizer, net.config.image_size,
                                          net.config.length, args.skip_broken)
@@ -200,7 +195,7 @@ def evaluate_all(args, rank, world, device, dtype):
             if args.json:
                 with model.replacing(args.json) as file:
                     file.write(json.dumps(results, indent=1).encode())
-            if args.panel and split == splits[0]:
+            if args.panel and i == 0:
                 model.require(not models or dataset.pairs == models[0][2].pairs,
                               f"{path} is of another data set; --panel compares on one: --dataset")
                 models.append((about[1], net, dataset))
@@ -303,9 +298,8 @@ def inside(net, tokenizer, photo, text, device):
     """
     image = data.letterbox(photo, net.config.image_size)[None]
     tokens = tokenizer([text], net.config.length)
-    calls, hook = [], torch.nn.modules.module.register_module_forward_hook      # of all layers
-    with hook(lambda layer, inputs, named, output: calls.append(
-            (layer, [*inputs, *named.values()], output)), with_kwargs=True):
+    calls = []                          # of all layers, in their order: (layer, inputs, output)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call)):
         square = probabilities(net.eval(), image, tokens, device, None)[0]
     symbols = [*tokenizer.ids]
     words = [symbols[i].removesuffix("</w>").strip("<|>").removesuffix("oftext")
@@ -438,9 +432,8 @@ def processes():
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     try:
         device = local_device()
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                device_id=device_id)
+        backend = {"device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(store=store, rank=rank, world_size=world, **backend)  # GPUs: NCCL
         yield rank, world, device
         dist.barrier()                  # all wait until rank 0 has saved its files
     except BaseException as error:
@@ -460,9 +453,8 @@ def local_device():
     gpus = torch.cuda.device_count()
     model.require(int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus,
                   f"more processes than the {gpus} GPUs; choose a smaller --nproc_per_node")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def from_all(thing, world):
@@ -474,8 +466,7 @@ def from_all(thing, world):
 
 
 def precision_type(precision, device):
-    """The type of mixed precision, or None for single. `auto` is single on CPUs, bfloat16 on GPUs
-    that have it, and float16 on older ones."""
+    """The type of mixed precision, or None for single, which `auto` is on CPUs."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -505,12 +496,11 @@ def report_error(error, aloud=True):
     """Prints an error, in one line where that is enough. Returns the exit status."""
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return getattr(error, "code", 130) or 0
-    text = str(error)
+    text = str(error).strip()
+    last = text.rpartition("\n")[2]         # below the traceback in the error of a loader's worker
     if isinstance(error, BAD_INPUT):
-        # The error of a loader's worker contains a traceback, and the error as its last line.
-        text = text.strip().splitlines()[-1].removeprefix("data.DataError: ")
+        text = last.removeprefix("data.DataError: ")
     elif isinstance(error, dist.DistError) or re.search("gloo|^DataLoader worker", text):
-        last = text.strip().rpartition("\n")[2]
         text = f"lost another process (out of memory? try fewer --workers): {last}"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         text = "out of memory; try a smaller --batch-size or, in training, --micro-batch"
