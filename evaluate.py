@@ -10,8 +10,8 @@ the mean over expressions; CRIS, ETRIS, BarLeRIa and DCRIS print it as "IoU". oI
 intersections over the sum of all unions; LAVT and later papers print it. P@0.5 is the share of
 expressions with an IoU above 0.5. mIoU and oIoU differ by several points: compare like with like.
 
-The figures follow the released programs of CRIS, ETRIS and DETRIS, step by step: see the comments
-1 to 5 below. The model runs in single precision, on GPUs too, unless --precision says otherwise.
+The figures follow the released programs of CRIS, ETRIS and DETRIS, step by step: comments 1 to 5
+in the code. The model runs in single precision, on GPUs too, unless --precision says otherwise.
 """
 
 import argparse
