@@ -18,14 +18,14 @@ import torch.nn.functional as F
 
 from backbones import Linear, MultiheadAttention, attend, linear
 
-SCALE = 0.2         # of an adapter's output, as in the authors' program
+SCALE = 0.2         # of an adapter's output, as in DETRIS, the DCRIS authors' later program
 
 
 def normal_linears(module):
     """Initialises every linear layer: normal, std 0.02, zero bias. (The papers give no such rule.)
 
     It is the rule of the authors' programs for DenseCross adapters, ETRIS's bridges, BarLeRIa's
-    intertwiner and global branch. An adapter's first output is then close to zero.
+    intertwiner and global branch. Where no BatchNorm follows, a first output is close to zero.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -53,8 +53,8 @@ class BottleneckAdapter(nn.Module):
     """x + scale * Up(ReLU(Down(x))), (B, N, width).
 
     With scale 0.2 this is DCRIS Eq. 3, on the MLP's shortcut of a text block. With scale 1 it is
-    Houlsby et al. (2019), after a block's MLP, before LayerScale and skip connection. They also add
-    one after the attention, and train LayerNorms; DCRIS Table 2's count matches one alone.
+    Houlsby et al. (2019), after a block's MLP, before LayerScale and skip connection. That paper
+    adds another after the attention, and trains LayerNorms; DCRIS Table 2's count matches one alone.
     """
 
     def __init__(self, width, rank, scale):
@@ -62,7 +62,7 @@ class BottleneckAdapter(nn.Module):
         self.scale = scale
         self.down = Linear(width, rank)
         self.up = Linear(rank, width)
-        # The authors have no program with this adapter; to start as the identity is our choice.
+        # DETRIS has another text adapter (below); to start as the identity is our choice.
         nn.init.kaiming_normal_(self.down.weight, nonlinearity="relu")
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
@@ -104,7 +104,7 @@ class DenseConvolutions(nn.Module):
 
 
 class DenseTextAdapter(nn.Module):
-    """The text adapter of DETRIS, the DCRIS authors' later program: convolutions over the words.
+    """The text adapter of DETRIS: convolutions over the words.
 
     With h = ReLU(Down(x)), a word becomes x + 0.2 Up([b1, b2, b3] + h). The branches b are those of
     Eq. 1 in one dimension. Unlike CLIP's attention they also see later words, and padding. The
@@ -150,7 +150,7 @@ class DenseCrossAdapter(nn.Module):
         y = 0.2 Up(CrossAttention(F_dense, words) + F_v)        Eq. 2; (B, N, width)
 
     x (B, N, width) are the block's normed tokens, words (B, L, text_width) the text tower's final
-    ones; y is added to the MLP's output. The last rows*columns tokens are the patches of `grid`.
+    ones; y is added to the MLP's output, before LayerScale. The last tokens are `grid`'s patches.
     Class and register tokens have no place on it. They skip branches and cross-attention, so Up
     reads 2 F_v (as in the authors' program; the paper does not say). `rank` is a multiple of 16.
     """
@@ -177,7 +177,7 @@ class DenseCrossAdapter(nn.Module):
 # ---- BarLeRIa -------------------------------------------------------------------------------
 
 class NormalizingFlow(nn.Module):
-    """BarLeRIa Eq. 1, on a block's shortcut: an affine map, then `steps` planar flows.
+    """BarLeRIa Eq. 1, on a shortcut: an affine map, planar flows (Rezende and Mohamed, 2015).
 
         z_0 = mu + exp(log_sigma) * x,      z_j = z_{j-1} + scale_j * tanh(w_j . z_{j-1} + b_j)
 
@@ -202,7 +202,7 @@ class NormalizingFlow(nn.Module):
         # w_j . z_{j-1} is w_j . z_0 plus (w_j . scale_i) tanh_i for each i < j. So the inner
         # products are one product, and the sum of all steps is another.
         heights = z @ self.w.t() + self.b                       # w_j . z_0 + b_j, (B, N, steps)
-        passed_on, bends = self.w @ self.scale.t(), []          # w_j . scale_i, (steps, steps)
+        passed_on, bends = self.w @ self.scale.t(), []          # w_i . scale_j at [i, j]
         for j in range(len(self.w)):
             bends.append(heights[..., j].tanh())
             heights = heights + bends[j][..., None] * passed_on[:, j]
@@ -216,7 +216,7 @@ class Intertwiner(nn.Module):
         [_, words] = text block([P'(class), words])                     Eq. 3; _: removed again
 
     Words (B, L, text_width), class token (B, 1, vision_width). All layers share P and P'. The paper
-    writes one matrix, W_proj; its count of 0.39 million parameters matches two narrow layers.
+    writes one matrix, W_proj; its count of 0.39 million matches P and P' as two bottlenecks.
     """
 
     def __init__(self, vision_width, text_width, rank):
@@ -345,7 +345,7 @@ class Bridge(nn.Module):
 
     ETRIS writes one 1x1 convolution of each stage as a transposed one: on the way down in the last
     stage, else on the way up. For it PyTorch swaps fan-in and fan-out, so both convolutions of a
-    stage start with the same std (Kaiming normal).
+    stage start with the same std (Kaiming normal, fan-out).
     """
 
     def __init__(self, vision_width, text_width, width, heads, first_stage, last_stage):

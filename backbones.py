@@ -5,11 +5,12 @@ One block, for tokens x (B, N, D), before a tuning method adds to it:
     q, k, v = W_qkv norm(x) + b_qkv                      each (B, N, D), cut into heads
     a = softmax(q k^T / sqrt(D / heads)) v               for each head
     x = x + scale (W_out a + b_out)                      the scale: DINOv2's, DINOv3's
-    h = activation(W_up norm(x) + b_up)                  (B, N, 4D)
+    h = activation(W_up norm(x) + b_up)                  (B, N, 4D); EVA-02's: see `MLP`
     x = x + scale (W_down h + b_down)
 
 Shapes: B batch, N tokens, D width, L words, E width of CLIP's common space (`shape.embed`).
-`tower.shape` holds a tower's sizes (`VisionShape`). `grid` is (rows, columns) of patches.
+`tower.shape` holds a tower's sizes (`VisionShape`). `grid` is (rows, columns) of patches;
+`shape.grid`, the side of the square one of pretraining.
 
 `model.py` runs a tower step by step: `embed`, each of `blocks`, then `norm` or, for texts, `final`.
 The order in which two towers take these steps *is* the tuning method. A method passes its adapters
@@ -67,7 +68,8 @@ def attend(q, k, v, heads, causal=False, rotary=None, padding=None, dropout=0.0)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; EVA-02's has a LayerNorm before `out`."""
+    """Multi-head self-attention. EVA-02's and DINOv3's keys have no bias (`key_bias` in `Family`);
+    EVA-02's has a LayerNorm before `out`."""
 
     def __init__(self, width, heads, family):
         super().__init__()
@@ -350,7 +352,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "dinov2": Family(F.gelu, eps=1e-6, layer_scale=True, antialias=True),
-    # As DINOv2 trained on photos normalised by ImageNet's mean and deviation; given CLIP's here.
+    # Both DINOs were trained on photos normalised by ImageNet's mean and std, and get CLIP's here.
     "dinov3": Family(F.gelu, layer_scale=True, key_bias=False, rotary="halves"),
     "clip": Family(quick_gelu, norm_before=True),
     "eva": Family(F.silu, eps=1e-6, key_bias=False, rotary="neighbours", eva=True),

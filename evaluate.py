@@ -291,10 +291,10 @@ def save_picture(picture, path):
 def inside(net, tokenizer, photo, text, device):
     """A picture of what a model does with a photo and an expression, layer by layer.
 
-    A row for each layer in which patches (in BarLeRIa: the class token) read the words. A map shows
-    the share of each patch's attention that goes to one token, the mean over heads. Its label has
-    the mean over patches; what is missing to 100 % goes to padding. Black is 0, white the largest
-    share in the row. In other maps black is the least value, white the largest.
+    A row for each layer in which patches (in BarLeRIa's last block: the class token) read words. A
+    map shows the share of a patch's attention that goes to one token, the mean over heads. Its
+    label has the mean over patches; what is missing to 100 % goes to padding. Black is 0, white the
+    largest share in the row. In other maps black is the least value, white the largest.
     """
     image = data.letterbox(photo, net.config.image_size)[None]
     tokens = tokenizer([text], net.config.length)
@@ -321,7 +321,7 @@ def inside(net, tokenizer, photo, text, device):
             prior = inputs[2][0, -patches:].norm(dim=1)
             rows.append((f"{names[layer]}: receives", [("global prior", heat_map(prior))]))
         elif layer is net.head:
-            labels = [*(f"after block {i + 1}" for i in net.config.features), "at the end",
+            labels = [*(f"after block {i}" for i in net.config.features), "at the end",
                       "logits", "probability"]
             maps = [*(x[0].norm(dim=0) for x in inputs[0]), output[0, 0], square]
             mask = singled_out(photo, mask_of(square, *photo.size).cpu().numpy())

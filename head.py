@@ -1,7 +1,7 @@
 """The segmentation head: neck, decoder, projector (DCRIS section 3.4, BarLeRIa appendix C).
 
-It follows CRIS (Wang et al., 2022) and ETRIS (Xu et al., 2023), simplified as in the DCRIS authors'
-later program. The three maps (B, C, h, w) have one size; words are (B, L, D), the sentence (B, E).
+It follows CRIS (Wang et al., 2022) and ETRIS (Xu et al., 2023), simplified as in DETRIS, the DCRIS
+authors' later program. The three maps are (B, C_i, h, w), words (B, L, D), the sentence (B, E).
 """
 
 import torch
@@ -33,7 +33,7 @@ class Head(nn.Module):
 
 
 def conv_bn_relu(channels, out_channels, kernel=1, layer=nn.Conv2d):
-    """A convolution that keeps the size. Unlike the adapters': without bias, eps 1e-5."""
+    """Convolution, norm, ReLU. Unlike the adapters': without bias, eps 1e-5."""
     return nn.Sequential(layer(channels, out_channels, kernel, padding=kernel // 2, bias=False),
                          nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
@@ -42,9 +42,9 @@ class Gate(nn.Module):
     """A factor for each channel of a map, from the sentence s: x * (W_o (W_v s + b_v) + b_o).
 
     CRIS writes it as multi-head attention of every pixel to one token, s. With one key the softmax
-    is always 1, so queries, keys and heads have no effect and are left out. Both start as in
+    is always 1, so queries, keys and heads have no effect and are left out. All start as in
     PyTorch's attention, where W_q, W_k and W_v are one matrix: W_v Xavier, bound
-    sqrt(6 / (4 width)), W_o as every linear layer, and no bias.
+    sqrt(6 / (4 width)), W_o as every linear layer, b_v and b_o zero.
     """
 
     def __init__(self, width):
@@ -62,7 +62,7 @@ class Gate(nn.Module):
 class Neck(nn.Module):
     """The cross-modal neck (DCRIS Eq. 4, BarLeRIa Eq. 11).
 
-        F_f = ConvBnReLU([gate(ConvBnReLU(f), sentence) for each map f])                1x1
+        F_f = ConvBnReLU([gate(ConvBnReLU(f), Linear(sentence)) for each map f])        1x1
         out = ConvBnReLU(ConvBnReLU([F_f, F_coord]))            3x3; F_coord: x and y in [-1, 1]
 
     Three maps (B, C_i, h, w), sentence (B, E) to one map (B, width, h, w); `residual` adds
@@ -83,8 +83,8 @@ class Neck(nn.Module):
 
     def forward(self, features, sentence):
         sentence = self.sentence(sentence)
-        gated = [gate(project(x), sentence)
-                 for x, project, gate in zip(features, self.maps, self.gates)]
+        gated = [gate(project(f), sentence)
+                 for f, project, gate in zip(features, self.maps, self.gates)]
         fused = self.fuse(torch.cat(gated, dim=1))                          # F_f, (B, width, h, w)
         rows, columns = (torch.linspace(-1, 1, side, dtype=torch.float64, device=fused.device)
                          for side in fused.shape[-2:])
@@ -93,7 +93,7 @@ class Neck(nn.Module):
         first, second = self.coordinates
         # 514 channels do not suit matrix units, so the last two are convolved apart.
         weights = first[0].weight.split([fused.shape[1], 2], dim=1)
-        out = sum(F.conv2d(x, w, padding=1) for x, w in zip((fused, place), weights))
+        out = sum(F.conv2d(part, w, padding=1) for part, w in zip((fused, place), weights))
         out = second(first[1:](out))
         return out + fused if self.residual else out
 
@@ -202,8 +202,8 @@ class Projector(nn.Module):
 class UpsampledConvolution(nn.Conv2d):
     """Bilinear upsampling by 2, then a 3x3 convolution: (B, C, h, w) to (B, C', 2h, 2w). No bias.
 
-    Both are linear, so they can swap: one linear layer computes all taps of the small map's pixels,
-    a matrix for rows and one for columns upsample, move and add them: a third of the products.
+    Both are linear, so they swap: one linear layer takes the kernel's 9 products on the small map,
+    a matrix for rows and one for columns upsample, shift and add them. A third of the products.
     """
 
     def forward(self, x):

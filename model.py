@@ -122,7 +122,7 @@ class DCRIS(nn.Module):
         return self.text.final(x, tokens)
 
     def image_branch(self, images, words):
-        """Images and words to the three maps f_v (B, D, S/P, S/P)."""
+        """Images and words to the three maps f_v (B, width, S/P, S/P)."""
         grid = self.vision.grid(images)
         attached = {int(i): Attached(beside_mlp=partial(adapter, words=words, grid=grid))
                     for i, adapter in self.dense_cross_adapters.items()}
@@ -137,7 +137,7 @@ def make_head(config, vision, text, residual):
 
 
 def feature_maps(vision, images, wanted, attached):
-    """Images to the maps (B, D, S/P, S/P) after the blocks `wanted` and at the tower's end.
+    """Images to the maps (B, D or E, S/P, S/P) after the blocks `wanted` and at the tower's end.
 
     `attached`: number of a block -> what a tuning method attaches to it.
     """
@@ -153,9 +153,9 @@ def feature_maps(vision, images, wanted, attached):
 class BarLeRIa(nn.Module):
     """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side and a global branch.
 
-    Both are CLIP's, and frozen except for their position embeddings. Their blocks have normalizing
-    flows on their shortcuts and receive visiting tokens from the other tower. The global branch
-    reads the patches after every third of 12 blocks.
+    In the paper both are CLIP's, and frozen except for their position embeddings. Their blocks have
+    normalizing flows on their shortcuts and receive visiting tokens from the other tower. The
+    global branch reads the patches after every third of 12 blocks.
     """
 
     def __init__(self, config, vision, text):
@@ -178,17 +178,17 @@ class BarLeRIa(nn.Module):
         """Images (B, 3, S, S), normalised, and token ids (B, L) to logits (B, 1, 4S/P, 4S/P)."""
         grid, padding = self.vision.grid(images), after_end(tokens)
         after_block, words, sentence = self.local_branch(images, tokens, grid)
-        projected = self.vision.projection(self.vision.norm(after_block[-1]))   # F_v, (B, N, E)
+        projected = self.vision.projection(self.vision.norm(after_block[-1]))   # (B, N, E)
         features = [self.vision.as_map(x, grid)
                     for x in (*(after_block[i] for i in self.config.features), projected)]
         shortcut = None
         if self.global_branch is not None:
             prefix = self.vision.prefix
             prior = global_prior(words @ self.text.projection, projected[:, prefix:], padding)
-            stages = [after_block[part[-1]][:, prefix:]                 # after 2, 5, 8, 11 of 12
+            stages = [after_block[part[-1]][:, prefix:]                 # 2, 5, 8, 11 of 0 to 11
                       for part in cut(len(after_block), self.config.global_blocks)]
             shortcut = self.global_branch(images, words, prior, stages, grid)   # F_out^M
-        return self.head(features, words, sentence, padding, shortcut)          # Eq. 9
+        return self.head(features, words, sentence, padding, shortcut)      # Eq. 9: neck + shortcut
 
     def local_branch(self, images, tokens, grid):
         """BarLeRIa Eq. 2-3: both towers block by block, with visiting tokens.
@@ -201,7 +201,7 @@ class BarLeRIa(nn.Module):
         rotary, after_block = self.vision.rotary_tables(grid), []
         parts = cut(len(self.vision.blocks), len(self.text.blocks))
         for text_block, text_flows, part in zip(self.text.blocks, self.text_flows, parts):
-            visiting_words, visiting_class = x[:, :0], words[:, :0]     # no visitors
+            visiting_words, visiting_class = x[:, :0], words[:, :0]     # none, as wide as the host
             if self.intertwiner is not None:
                 visiting_words, visiting_class = self.intertwiner(words, x[:, :1])
             for j in part:
@@ -239,8 +239,8 @@ def with_visitors(block, x, visitors, index, flows, rotary=None):
 class ETRIS(nn.Module):
     """ETRIS (Xu et al., 2023): both towers side by side, with a bridge after each part of them.
 
-    The towers are frozen. With normalizing flows on the vision tower's shortcuts this is the
-    "SNF+ETRIS" of BarLeRIa's tables.
+    The towers are frozen but for CLIP's positions. With normalizing flows on the vision tower's
+    shortcuts this is the "SNF+ETRIS" of BarLeRIa's tables.
     """
 
     def __init__(self, config, vision, text):

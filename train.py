@@ -7,7 +7,8 @@
         train.py --preset dcris-l --data DATA --dataset mixed
     python train.py --bench --preset dcris-b --batch-size 2         how fast is this machine?
 
-The batch size is global: the same command means the same training on any number of processes.
+The batch size is global: the same command means the same training on any number of processes, but
+for dropout's random numbers.
 
 The folder OUT (default: runs/PRESET) is the run. It holds log.jsonl (one object an epoch), last.pt,
 best.pt (by mIoU on val) and val.png. The same command continues a stopped run from last.pt, and
@@ -80,9 +81,9 @@ class Trainer:
         self.unread, self.refs = 0.0, []        # sum of losses, and refs, since `read`
 
     def step(self, samples):
-        """One optimization step on the next `micro_batches` of `samples`, a loader's iterator."""
+        """One optimization step on the next `micro_batches` that a loader's iterator gives."""
         progress, micro_batches = self.progress, self.batches.micro_batches
-        # Dropout depends on the place in the run alone, so a resumed run repeats it.
+        # Dropout depends on the place in the run and the process, so a resumed run repeats it.
         torch.manual_seed((self.seed * 100_003 + progress.epoch) * 1009 + self.rank
                           + 104_729 * progress.step)
         for i in range(micro_batches):
