@@ -54,7 +54,7 @@ class BottleneckAdapter(nn.Module):
 
     With scale 0.2 this is DCRIS Eq. 3, on the MLP's shortcut of a text block. With scale 1 it is
     Houlsby et al. (2019), after a block's MLP, before LayerScale and skip connection. That paper
-    adds another after the attention, and trains LayerNorms; DCRIS Table 2's count matches one alone.
+    adds another after the attention, and trains LayerNorms; DCRIS Table 2's count matches one.
     """
 
     def __init__(self, width, rank, scale):
