@@ -390,8 +390,7 @@ def parse_arguments():
     add("--text", metavar="WORDS", help="which object of the photo to segment")
     add("--output", metavar="OUT.png", help="the picture to make of it")
     add("--inside", metavar="OUT.png", help="also draw what the model does, layer by layer")
-    add("--length", type=int, metavar="N",
-        help="tokens per expression (default: as in training; released checkpoints: 17, G-Ref 22)")
+    add("--length", type=int, metavar="N", help="tokens per expression (default: as in training)")
     add("--batch-size", type=int, default=16, metavar="N")
     add_shared_arguments(parser, precision="fp32")
     args = parser.parse_args()
