@@ -162,16 +162,15 @@ def predict_one(args, device, dtype):
 # ---- Whole splits and the table -------------------------------------------------------------
 
 def evaluate_all(args, rank, world, device, dtype):
-    """Evaluates checkpoints on splits. Prints the row of a Markdown table and writes --json,
-    {checkpoint: {split: metrics}}, after every split."""
+    """Prints a row of a Markdown table, and writes --json, after each split of each checkpoint."""
     results, heading, models, tables = {}, None, [], []
     for path in args.ckpt:
         net, tokenizer, checkpoint = load_checkpoint(path, args, device)
         name = args.dataset or checkpoint["run"].get("dataset")
         model.require(name not in (None, "mixed"), f"{path}: its data set is {name or 'unknown'}; "
                       f"choose one to evaluate it on, e.g. --dataset refcoco")
-        method = ("released " if "released" in checkpoint else "") + net.config.method
-        about = [path, checkpoint["run"].get("preset", method), f"{model.count(net)['tuned']:,}"]
+        preset = checkpoint["run"].get("preset", net.config.method)
+        about = [path, preset, f"{model.count(net)['tuned']:,}"]
         time = f"{checkpoint['seconds']:.0f} s" if "seconds" in checkpoint else ""
         for i, split in enumerate(args.split or data.held_out_splits(args.data, name)):
             refs, broken = data.read_split(args.data, name, split, args.skip_broken)
@@ -198,7 +197,7 @@ def evaluate_all(args, rank, world, device, dtype):
             if args.panel and i == 0:
                 model.require(not models or dataset.pairs == models[0][2].pairs,
                               f"{path} is of another data set; --panel compares on one: --dataset")
-                models.append((about[1], net, dataset))
+                models.append((preset, net, dataset))
                 tables.append(table)
     if models:
         save_picture(panel(models, tables, device, dtype), args.panel)
@@ -384,7 +383,7 @@ def parse_arguments():
     add("--dataset", metavar="NAME", help="refcoco, refcoco+, refcocog-umd, refcocog-google or any "
         "folder of DATA, such as shapes (default: what the checkpoint was trained on)")
     add("--split", nargs="+", metavar="SPLIT", help="default: all but train")
-    add("--json", metavar="OUT.json", help="also write the figures here")
+    add("--json", metavar="OUT.json", help="also write {checkpoint: {split: figures}} here")
     add("--panel", metavar="OUT.png", help="also draw examples of each checkpoint's first split")
     add("--image", metavar="PHOTO", help="one photo instead of a data set")
     add("--text", metavar="WORDS", help="which object of the photo to segment")
