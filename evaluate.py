@@ -89,8 +89,7 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
         for square, sample in zip(maps, samples):
             truth = sample["mask"].to(device, non_blocking=True)
             predicted = mask_of(square, *truth.shape[::-1])
-            # 5. Intersection and union at the photo's own size. The authors add 1e-6 to the union
-            #    and read the annotation from a PNG that was drawn from the same polygons.
+            # 5. Intersection and union at the photo's own size; the authors add 1e-6 to the union.
             pixels += [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
         counts = torch.stack(pixels).view(-1, 3).tolist()       # waits for a GPU, once a batch
         rows += [[sample["index"], *three] for sample, three in zip(samples, counts)]
@@ -144,7 +143,7 @@ def predict(net, tokenizer, photo, text, device, dtype=None):
     return mask_of(square, *photo.size).cpu().numpy()
 
 
-def predict_one(args, device, dtype):
+def predict_one(args, rank, world, device, dtype):
     """--image and --text: one photo, one expression, one mask."""
     photo = data.read_photo(args.image, upright=True)
     net, tokenizer, _ = load_checkpoint(args.ckpt[0], args, device)
@@ -409,9 +408,8 @@ def main():
     with processes() as (rank, world, device):
         args = parse_arguments()
         dtype = precision_type(args.precision, device)
-        if args.image:
-            return predict_one(args, device, dtype)
-        evaluate_all(args, rank, world, device, dtype)
+        action = predict_one if args.image else evaluate_all
+        action(args, rank, world, device, dtype)
 
 
 # ---- Processes, precision and errors, also for train.py -------------------------------------
@@ -448,9 +446,8 @@ def local_device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False         # single precision is single precision
-    gpus = torch.cuda.device_count()
-    model.require(int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus,
-                  f"more processes than the {gpus} GPUs; choose a smaller --nproc_per_node")
+    model.require(int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count(),
+                  "more processes than GPUs; choose a smaller --nproc_per_node")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
 
