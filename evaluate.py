@@ -76,24 +76,28 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     """
     batches = [range(len(dataset))[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[rank::world],
-                                         num_workers=workers, collate_fn=list,
+                                         num_workers=workers, collate_fn=collate,
                                          pin_memory=device.type == "cuda")
     rows = []
-    for samples in tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0):
-        samples, pixels = [sample for sample in samples if sample], []      # None: left out
-        if not samples:
-            continue
-        images, tokens = (torch.stack([sample[key] for sample in samples])
-                          for key in ("image", "tokens"))
-        maps = probabilities(net.eval(), images, tokens, device, dtype)
-        for square, sample in zip(maps, samples):
-            truth = sample["mask"].to(device, non_blocking=True)
+    bar = tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0)
+    for images, tokens, masks, indices in filter(None, bar):
+        maps, pixels = probabilities(net.eval(), images, tokens, device, dtype), []
+        for square, truth in zip(maps, masks):
+            truth = truth.to(device, non_blocking=True)
             predicted = mask_of(square, *truth.shape[::-1])
             # 5. Intersection and union at the photo's own size; the authors add 1e-6 to the union.
             pixels += [(predicted & truth).sum(), (predicted | truth).sum(), truth.sum()]
         counts = torch.stack(pixels).view(-1, 3).tolist()       # waits for a GPU, once a batch
-        rows += [[sample["index"], *three] for sample, three in zip(samples, counts)]
+        rows += [[index, *three] for index, three in zip(indices, counts)]
     return np.array(sorted(sum(from_all(rows, world), [])), dtype=np.int64).reshape(-1, 4)
+
+
+def collate(samples):
+    """Images and tokens stacked, masks and indices listed; without broken samples (None)."""
+    samples = [sample for sample in samples if sample]
+    images, tokens, *lists = ([sample[key] for sample in samples]
+                              for key in ("image", "tokens", "mask", "index"))
+    return samples and (torch.stack(images), torch.stack(tokens), *lists)
 
 
 def metrics(table):
@@ -108,9 +112,10 @@ def metrics(table):
     targets = table[:, 3] > 0
     intersections, unions, ious, empty = count_overlaps(table)
     found = {"miou": ious.mean(), "oiou": intersections.sum() / max(1, unions.sum()),
-             **{f"p{p}": (ious[targets] > p / 100).mean() for p in LEVELS}}
+             **{f"p{p}": (ious[targets] > p / 100).sum() / max(1, targets.sum()) for p in LEVELS}}
     if not targets.all():
-        found |= {"n_acc": empty[~targets].mean(), "t_acc": (~empty[targets]).mean()}
+        found |= {"n_acc": empty[~targets].mean(),
+                  "t_acc": (~empty[targets]).sum() / max(1, targets.sum())}
     return {**{key: 100 * float(value) for key, value in found.items()}, "expressions": len(table)}
 
 

@@ -141,11 +141,12 @@ class Trainer:
         progress, steps = self.progress, self.batches.steps
         self.batches.epoch, self.batches.step = progress.epoch, progress.step
         read_every = 1 if self.device.type == "cpu" else 10         # reading makes a GPU idle
-        stop, samples = False, iter(loader)
+        stop = False
         begun = time.monotonic() - progress.seconds
         self.net.train()
         with tqdm(initial=progress.step, total=steps, unit="step", desc=name,
                   disable=self.rank > 0) as bar:
+            samples = iter(loader)      # its processes know the bar, above which they write
             while progress.step < steps and not stop:
                 self.step(samples)
                 bar.update()
@@ -185,9 +186,9 @@ def train(args, config, init, rank, world, device):
     tokenizer, train_set, val_set = load_data(args, config, init, rank, world)
     batches = GlobalBatches(len(train_set), config.batch_size, args.micro_batch, rank, world,
                             args.seed)
-    run = {"preset": args.preset, "dataset": args.dataset, "refs": args.refs or len(train_set),
-           "keep_leaks": args.keep_leaks, "skip_broken": args.skip_broken, "seed": args.seed,
-           "precision": str(dtype or torch.float32), "compile": args.compile,
+    run = {"preset": args.preset, "dataset": args.dataset, "refs": len(train_set),
+           "first_refs": args.refs, "keep_leaks": args.keep_leaks, "skip_broken": args.skip_broken,
+           "seed": args.seed, "precision": str(dtype or torch.float32), "compile": args.compile,
            "init": init and model.sha256(init[0]), "random_towers": args.random_towers,
            "vocabulary": hashlib.sha256(tokenizer.text.encode()).hexdigest()}
     vocabulary = {} if config.text in model.PUBLISHED else {"text": tokenizer.text}
@@ -359,6 +360,7 @@ def lock_folder(out):
 def read_same_run(path, config, run):
     """The checkpoint last.pt. Raises ConfigError if it is of another run, WeightsError, OSError."""
     checkpoint = model.read_checkpoint(path)
+    model.require("progress" in checkpoint, f"{path}: not a last.pt, from which a run continues")
     before = {**asdict(checkpoint["config"]), **checkpoint["run"]}
     different = [f"{key} {before.get(key)} there, {value} here"
                  for key, value in {**asdict(config), **run}.items() if before.get(key) != value]
@@ -431,6 +433,8 @@ def parse_arguments():
         args.dataset = "shapes"
     if args.dataset is None and not args.bench:
         parser.error(f"--preset {args.preset} needs --dataset NAME")
+    if args.init and (args.vision_weights or args.text_weights or args.vocabulary):
+        parser.error("--init brings towers and vocabulary; leave the options for files away")
     return args
 
 
