@@ -3,7 +3,6 @@
     python evaluate.py --ckpt runs/shapes/best.pt
     python evaluate.py --ckpt best.pt --data DATA --dataset refcoco --split val testA testB
     python evaluate.py --ckpt best.pt --image photo.jpg --text "the left cat" --output cat.png
-    torchrun --nproc_per_node=2 evaluate.py --ckpt best.pt ...
 
 All figures are percentages. Every expression has an IoU, measured at the photo's own size. mIoU is
 the mean over expressions; CRIS, ETRIS, BarLeRIa and DCRIS print it as "IoU". oIoU is the sum of all
@@ -137,9 +136,7 @@ def count_overlaps(table):
 
 def predict(net, tokenizer, photo, text, device, dtype=None):
     """The mask (bool, numpy) of the object that `text` refers to, at the size of the RGB photo.
-
-    `device` is the torch.device that `net` is on. Raises DataError for an empty text.
-    """
+    `net` is on the torch.device `device`. Raises DataError for an empty text."""
     if not data.clean(text):
         raise data.DataError("the expression is empty; say which object to segment")
     image = data.letterbox(photo, net.config.image_size)[None]
@@ -234,9 +231,7 @@ def table_row(*cells):
 
 def panel(models, tables, device, dtype=None):
     """A picture of examples: photo, truth, and the mask that each model predicts, with its IoU.
-
-    models: (name, model, data set) of each, all of the same expressions; tables: from `overlaps`.
-    """
+    models: (name, model, data set) of each, of the same expressions; tables: from `overlaps`."""
     ious, strips = np.stack([count_overlaps(table)[2] for table in tables]), []
     for row in choose_examples(ious):
         ref, sentence = models[0][2].pairs[int(tables[0][row, 0])]
