@@ -299,9 +299,8 @@ def inside(net, tokenizer, photo, text, device):
     calls = []                          # of all layers, in their order: (layer, inputs, output)
     with torch.nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call)):
         square = probabilities(net.eval(), image, tokens, device, None)[0]
-    symbols = [*tokenizer.ids]
-    words = [symbols[i].removesuffix("</w>").strip("<|>").removesuffix("oftext")
-             for i in tokens[0, :tokens.argmax() + 1]]                  # up to the end token
+    symbols = [*tokenizer.ids][:-2] + ["start", "end"]          # for the last two, START and END
+    words = [symbols[i].removesuffix("</w>") for i in tokens[0, :tokens.argmax() + 1]]
     names = {layer: name for name, layer in net.named_modules()}
     patches, prefix, rows = math.prod(net.vision.grid(image)), net.vision.prefix, []
     for layer, inputs, output in calls:
@@ -345,13 +344,13 @@ def attention_of_class(layer, x, causal, rotary):
 
 def word_maps(words, shares):
     """Labels and maps of the `words`, from shares of attention (patches, words and padding)."""
-    return [(f"{word[:11]} {100 * share.mean():.0f}%", heat_map(share, 0, shares.max()))
+    return [(f"{word[:11]} {100 * share.mean():.0f}%", heat_map(share, shares.max()))
             for word, share in zip(words, shares.t())]
 
 
-def heat_map(values, low=None, high=None):
-    """A picture of one number for each patch, in rows: black, red, yellow, white."""
-    low, high = (values.min(), values.max()) if high is None else (low, high)
+def heat_map(values, white=None):
+    """A number for each patch as a picture: black, red, yellow, white; from 0 if white is given."""
+    low, high = (values.min(), values.max()) if white is None else (0, white)
     side = math.isqrt(values.numel())
     heat = ((values - low) / (high - low + 1e-12)).float().cpu().view(side, side, 1)
     colours = (3 * heat - torch.arange(3)).clamp(0, 1) * 255

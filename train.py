@@ -316,7 +316,8 @@ def distribute(net, world, device):
             layer.forward = functools.partial(batch_norm_over_processes, layer)
     # Strides of dimensions of size one have no meaning, but DDP warns of them.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)    # gradients are stored once
 
 
 def batch_norm_over_processes(layer, x):
