@@ -145,7 +145,7 @@ def predict(net, tokenizer, photo, text, device, dtype=None):
     return mask_of(square, *photo.size).cpu().numpy()
 
 
-def predict_one(args, rank, world, device, dtype):
+def predict_one(args, device, dtype):
     """--image and --text: one photo, one expression, one mask."""
     photo = data.read_photo(args.image, upright=True)
     net, tokenizer, _ = load_checkpoint(args.ckpt[0], args, device)
@@ -407,8 +407,9 @@ def main():
     with processes() as (rank, world, device):
         args = parse_arguments()
         dtype = precision_type(args.precision, device)
-        action = predict_one if args.image else evaluate_all
-        action(args, rank, world, device, dtype)
+        if args.image:
+            return predict_one(args, device, dtype)
+        evaluate_all(args, rank, world, device, dtype)
 
 
 # ---- Processes, precision and errors, also for train.py -------------------------------------
