@@ -290,8 +290,6 @@ MIXED = ("refcoco", "refcoco+", "refcocog-umd")
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": None}
 # Of files of one SPLITBY the last is read: the pickle, as by gRefCOCO's own loader.
 REFS_FILES = ("grefs(*).json", "grefs(*).p", "refs(*).json", "refs(*).p")
-# Tokens per expression, with start and end, as the authors cut them.
-LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog-umd": 22, "refcocog-google": 22, "mixed": 22}
 WHERE = ("the README says where to get RefCOCO, RefCOCO+, RefCOCOg and the COCO images, and "
          "`python data.py shapes DIR` draws a data set")
 

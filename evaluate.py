@@ -208,8 +208,8 @@ def load_checkpoint(path, args, device):
     """The model of a checkpoint, its tokenizer, and what `model.read_checkpoint` found."""
     checkpoint = model.read_checkpoint(path)
     net = model.load(path, args.vision_weights, args.text_weights, checkpoint).to(device)
-    length = data.LENGTHS.get(args.dataset) if "released" in checkpoint else None
-    net.config = model.configure(net.config, length=args.length or length or net.config.length)
+    usual = model.usual_length(net.config, args.dataset if "released" in checkpoint else None)
+    net.config = model.configure(net.config, length=args.length or usual)
     own = checkpoint["vocabulary"].get("text", "").encode()
     vocabulary = args.vocabulary or own or model.find_published("vocabulary")
     return net, make_tokenizer(vocabulary, net.config), checkpoint

@@ -349,7 +349,7 @@ PRESETS = {
     "detris-l": DETRIS_L,
     "detris-l-mixed": replace(
         DETRIS_L, visual_adapter_rank=384, visual_adapter_layers=tuple(range(1, 24)),
-        text_adapter_rank=384, text_adapter_layers=tuple(range(1, 12)), length=22),
+        text_adapter_rank=384, text_adapter_layers=tuple(range(1, 12))),
     "barleria": BARLERIA,
     "barleria-eva": replace(BARLERIA, vision="eva-b", text="eva-b"),
     "barleria-l": replace(                      # 416 is no multiple of its patches' 14 pixels
@@ -404,6 +404,14 @@ def configure(preset, **overrides):
                                 for field, value in overrides.items()})
     check(config)
     return config
+
+
+def usual_length(config, dataset):
+    """Tokens per expression: 22 on G-Ref and mixed, else those of `config`, which is a preset's.
+    As in the authors' program, `detris-*` have 22 on G-Ref umd alone, `detris-l-mixed` nowhere."""
+    detris = config.text_convolutions
+    long = ["refcocog-umd"] if detris else ["refcocog-umd", "refcocog-google", "mixed"]
+    return 22 if dataset in long and config != PRESETS["detris-l-mixed"] else config.length
 
 
 def require(condition, message):
@@ -507,10 +515,8 @@ def clip_positions(model):
 
 
 def find_published(name, path=None):
-    """`path`, or the file published under this name in `pretrained/`; None if none is published.
-
-    Raises FileNotFoundError, which says where to get the file.
-    """
+    """`path`, or the file in `pretrained/` that is published under this name; None if none is.
+    Raises FileNotFoundError, which says where to get it."""
     if name not in PUBLISHED:               # a tower for drawn data
         return path
     path = Path(path or PRETRAINED / PUBLISHED[name].file)
@@ -552,9 +558,7 @@ def replacing(path):
 
 def save(path, model, **more):
     """Writes a checkpoint: configuration, the towers' files and SHA-256, tuned tensors, `more`.
-
-    Raises OSError.
-    """
+    Raises OSError."""
     with replacing(path) as file:
         torch.save({"config": asdict(model.config), "towers": model.sources, "run": {},
                     "vocabulary": {}, **more, "tensors": tuned_tensors(model)}, file)

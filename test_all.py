@@ -5,6 +5,7 @@ their photos' full size. CLIP's vocabulary is looked for in pretrained/ and ../s
 without it, the tests of CLIP's token ids are skipped with a message.
 """
 
+import argparse
 import contextlib
 import gzip
 import importlib.util
@@ -1112,6 +1113,14 @@ class Released(unittest.TestCase):
             torch.save({"state_dict": {**state, "module.proj.vis.4.bias": torch.ones(2)}}, path)
             with self.assertRaisesRegex(backbones.WeightsError, "first: proj.vis.4.bias, .2,."):
                 model.load(path)
+            torch.save({"state_dict": state}, path)
+            for dataset, programs in (("refcoco", ()), ("refcocog-google", ("etris",)),
+                                      ("refcocog-umd", ("etris", "detris-b", "detris-l"))):
+                args = argparse.Namespace(dataset=dataset, length=None, vision_weights=None,
+                                          text_weights=None, vocabulary="v")
+                with mock.patch("evaluate.make_tokenizer"):
+                    net = evaluate.load_checkpoint(path, args, torch.device("cpu"))[0]
+                self.assertEqual(net.config.length, 22 if preset in programs else 17)
 
 
 @unittest.skipIf(VOCABULARY is None, "no bpe_simple_vocab_16e6.txt.gz in pretrained/")

@@ -446,8 +446,7 @@ def configuration(args, init):
     """
     given = {name: value for name, value in vars(args).items()
              if hasattr(model.Config, name) and value is not None}
-    if args.dataset in data.LENGTHS:
-        given.setdefault("length", data.LENGTHS[args.dataset])
+    given.setdefault("length", model.usual_length(model.PRESETS[args.preset], args.dataset))
     if init:
         path, checkpoint = init
         model.require("text" in checkpoint["vocabulary"],
