@@ -229,11 +229,14 @@ class ExpressionSet(Dataset):
         return self.last[1] and {**self.last[1], "tokens": tokens, "index": index}
 
 
-def read_pair(ref, skip_broken=False):
-    """Reads the photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255.
+def leave_signals_to_parent(worker):
+    """Keeps Ctrl-C and torchrun's SIGTERM from a loader's process: its samples are still needed."""
+    os.setsid()
 
-    If they are broken, raises DataError; with `skip_broken` prints the error and returns None.
-    """
+
+def read_pair(ref, skip_broken=False):
+    """Reads the photo of a ref (PIL, RGB) and its mask, uint8 (height, width), 0 and 255. Broken
+    ones raise DataError; with `skip_broken` the error is printed, and None returned."""
     try:
         photo = read_photo(ref.image)
         if photo.size != (ref.width, ref.height):

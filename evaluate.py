@@ -74,9 +74,9 @@ def overlaps(net, dataset, device, dtype=None, batch_size=16, workers=0, rank=0,
     and counts every expression once. All of them get the full table.
     """
     batches = [range(len(dataset))[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches[rank::world],
-                                         num_workers=workers, collate_fn=collate,
-                                         pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches[rank::world], num_workers=workers, collate_fn=collate,
+        pin_memory=device.type == "cuda", worker_init_fn=data.leave_signals_to_parent)
     rows = []
     bar = tqdm(loader, desc=name, unit="batch", leave=False, disable=rank > 0)
     for images, tokens, masks, indices in filter(None, bar):

@@ -446,6 +446,9 @@ def check(config):
         blocks = getattr(config, field)
         require(blocks == tuple(i for i in range(depth) if i in blocks), f"{field} {blocks}: the "
                 f"tower has {depth} blocks, 0 to {depth - 1}; name each block once, in order")
+    for kind, field in ((BarLeRIa, "global_blocks"), (ETRIS, "bridges")):
+        require(method is not kind or getattr(config, field) <= vision.depth,
+                f"{field} {getattr(config, field)}: the vision tower has {vision.depth} blocks")
     for field, divisor in (
             ("image_size", vision.patch), ("head_width", 4), ("head_width", config.head_heads),
             ("visual_adapter_rank", 16),
@@ -538,9 +541,7 @@ def tuned_tensors(model):
 @contextlib.contextmanager
 def replacing(path):
     """Opens a binary file for writing; it becomes `path` once it is complete and on the disk.
-
-    Raises OSError, which names `path`; the old file is then still there.
-    """
+    Raises OSError, which names `path`; the old file is then still there."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -606,10 +607,8 @@ def load(path, vision_weights=None, text_weights=None, checkpoint=None):
 # ---- The table of parameters ----------------------------------------------------------------
 
 def count(model):
-    """Numbers of parameters: frozen, positions (`clip_positions`, if they learn), head, tuned.
-
-    Tuned: all others that learn. None of the papers counts the positions, even where they learn.
-    """
+    """Numbers of parameters: frozen, positions (`clip_positions`, if they learn), head, and tuned:
+    all others that learn. None of the papers counts the positions, even where they learn."""
     positions = {id(position) for position in clip_positions(model)}
     sizes = {"frozen": 0, "tuned": 0, "positions": 0, "head": 0}
     for name, parameter in model.named_parameters():

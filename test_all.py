@@ -882,6 +882,8 @@ class Methods(unittest.TestCase):
                 ("dcris-b", {"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
                 ("dcris-b", {"visual_flows": False}, "visual_flows plays no part in .* dcris"),
                 ("barleria", {"vision": "clip-l", "image_size": 420}, "are not the two towers"),
+                ("shapes-barleria", {"global_blocks": 4}, "blocks 4: the vision tower has 3 blocks"),
+                ("shapes-etris", {"bridges": 4}, "bridges 4: the vision tower has 3 blocks"),
                 ("nothing", {}, "no preset 'nothing'; there are shapes")):
             with self.subTest(preset, **overrides), \
                     self.assertRaisesRegex(model.ConfigError, message):
@@ -1803,7 +1805,7 @@ class Runs(unittest.TestCase):
         for workers, start in ((0, None), (4, "fork"), (1, "spawn")):
             loader = torch.utils.data.DataLoader(
                 samples, batch_sampler=batches, num_workers=workers, multiprocessing_context=start,
-                worker_init_fn=train.leave_signals_to_parent if workers else None)
+                worker_init_fn=data.leave_signals_to_parent if workers else None)
             for batch, places in zip(loader, batches, strict=True):
                 same = torch.utils.data.default_collate([samples[place] for place in places])
                 for key in ("image", "tokens", "mask"):
@@ -1938,6 +1940,11 @@ class Runs(unittest.TestCase):
         for out, world in (("terminate", 1), ("terminate one", 2), ("not finite", 2)):
             self.assertEqual(self.run_out(out, None, world)[0], [0] * world)
             self.same_as_whole(out, world)
+
+    def test_processes_without_a_common_folder_are_refused(self):
+        statuses, lines = self.run_out("whole2", "other disk", 2)
+        self.assertEqual((statuses, len(lines)), ([2, 2], 1), lines)
+        self.assertRegex(lines[0], "whole2/last.pt; all machines must share --data and --out")
 
     def test_restarted_by_torchrun(self):
         code = textwrap.dedent("""
@@ -2158,6 +2165,7 @@ TRICKS = {
     "not finite": (ALL, *STEP, 5, setattr, loss, "text_to_pixel_loss",
                    lambda logits, masks, exact: logits.sum() * math.nan),
     "double": (ALL, train, "parse_arguments", 1, in_double),
+    "other disk": (SECOND, train, "load_data", 1, setattr, Path, "exists", lambda path: False),
 }
 
 

@@ -8,12 +8,13 @@
     python train.py --bench --preset dcris-b --batch-size 2         how fast is this machine?
 
 The batch size is global: the same command means the same training on any number of processes, but
-for dropout's random numbers.
+for dropout's random numbers (and, with --micro-batch, the samples in a batch norm's statistics).
 
 The folder OUT (default: runs/PRESET) is the run. It holds log.jsonl (one object an epoch), last.pt,
 best.pt (by mIoU on val) and val.png. The same command continues a stopped run from last.pt, and
 ends with the weights of an undisturbed run (up to rounding on GPUs). SIGTERM and Ctrl-C stop the
-run after the current step (on GPUs after at most ten more) and save it. Twice, they end it at once.
+run after the current step (on GPUs after at most ten more; after a validation) and save it. Twice,
+they end it at once.
 """
 
 import argparse
@@ -204,15 +205,20 @@ def train(args, config, init, rank, world, device):
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint                  # frees the second copy of weights and optimizer
-    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
+    seen = evaluate.from_all((config, run, trainer.progress), world)
+    model.require(seen == seen[:1] * world, f"the processes differ in their command, their data or "
+                                            f"{last}; all machines must share --data and --out")
+    loader = DataLoader(
+        train_set, batch_sampler=batches, num_workers=args.workers,
+        pin_memory=device.type == "cuda", worker_init_fn=data.leave_signals_to_parent)
     progress, received = trainer.progress, catch_signals()
     for epoch in range(progress.epoch, config.epochs + 1):
         trainer.epoch(loader, args.save_every, received, f"epoch {epoch}/{config.epochs}")
 
         begun = time.monotonic()
-        table = evaluate.overlaps(net, val_set, device, None, config.batch_size, args.workers,
-                                  rank, world, "validating")        # in single precision
+        # As evaluate.py does it: in single precision, 16 photos at once.
+        table = evaluate.overlaps(net, val_set, device, workers=args.workers, rank=rank,
+                                  world=world, name="validating")
         found = evaluate.metrics(table)
         row = {"epoch": epoch, "loss": progress.loss / progress.step, "lr": trainer.rate(),
                "miou": found["miou"], "oiou": found["oiou"], "p50": found["p50"],
@@ -288,7 +294,7 @@ class GlobalBatches:
 
     def __init__(self, samples, batch, micro, rank, world, seed):
         local = batch // world
-        self.micro = min(micro or local, local)
+        self.micro = micro if 0 < micro < local else local
         model.require(samples >= batch and not (batch % world or local % self.micro),
                       f"batch_size {batch} is more than the {samples} refs, or cannot be divided "
                       f"into equal shares of {world} process(es), each in micro-batches of "
@@ -383,11 +389,6 @@ def catch_signals():
     return received
 
 
-def leave_signals_to_parent(worker):
-    """Keeps Ctrl-C from a loader's process: training needs its samples until it has saved."""
-    os.setsid()
-
-
 def show_epoch(out, rows):
     """Writes log.jsonl, and prints the last row."""
     with model.replacing(out / "log.jsonl") as file:
@@ -412,7 +413,7 @@ def parse_arguments():
     add("--refs", type=int, default=0, metavar="N",
         help="train on the first N refs; an epoch keeps its steps, so each ref comes more often")
     add("--micro-batch", type=int, default=0, metavar="N",
-        help="samples a process takes at once; gradients add up to the batch")
+        help="samples a process takes at once, also in batch norms; gradients add up to the batch")
     add("--keep-leaks", action="store_true",
         help="mixed: train also on photos of the val and test splits, as DCRIS's authors did")
     either = parser.add_mutually_exclusive_group().add_argument
