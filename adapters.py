@@ -8,7 +8,7 @@ BarLeRIa (Wang et al., 2024): normalizing flows on the shortcuts of CLIP's two t
 each tower that visit the other (`Intertwiner`), and a narrow network beside them that follows the
 meaning of the whole sentence (`global_prior`, `GlobalShortcutTuning`).
 
-The rest is what both papers compare with: ETRIS's bridges between the towers, then Compacter and
+The rest is what the papers compare with: ETRIS's bridges between the towers, then Compacter and
 LoRA inside one tower at a time.
 """
 
@@ -18,14 +18,14 @@ import torch.nn.functional as F
 
 from backbones import Linear, MultiheadAttention, attend, linear
 
-SCALE = 0.2         # of an adapter's output, as in DETRIS, the DCRIS authors' later program
+SCALE = 0.2         # of an adapter's output: from DETRIS, the DCRIS authors' program; in no paper
 
 
 def normal_linears(module):
     """Initialises every linear layer: normal, std 0.02, zero bias. (The papers give no such rule.)
 
     It is the rule of the authors' programs for DenseCross adapters, ETRIS's bridges, BarLeRIa's
-    intertwiner and global branch. Where no BatchNorm follows, a first output is close to zero.
+    intertwiner and global blocks. Where no BatchNorm follows, a first output is close to zero.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -232,7 +232,7 @@ class Intertwiner(nn.Module):
 def global_prior(words, patches, padding):
     """BarLeRIa Eq. 4: tokens dissimilar to the expression are scaled towards zero.
 
-        p = max(0, cos(t, m)) t      for every token t of words and patches
+        p = max(0, cos(t, m)) t      for every token t of words and patches; max: their program's
 
     m is the mean of the expression's tokens, start and end tokens too. (The paper does not say how
     it combines the words.) Words (B, L, E) and patches (B, N, E) are in CLIP's common space;
@@ -276,8 +276,8 @@ class GlobalShortcutTuning(nn.Module):
         image = resized(image) + Linear(LN(stage_i))                        Eq. 8
 
     The image tokens come from its own patch layer. A stage is the vision tower's patches after some
-    block. Stages and prior are detached (section 2.4): the gradient reaches the towers through the
-    words alone.
+    block. Stages (section 2.4) and prior (our choice) are detached: the gradient reaches the towers
+    through the words alone.
 
     The queries are learned tokens that the others read; only the image tokens leave the network.
     Our choice where the paper is silent: the sum of Eq. 8 goes on into the next block; all stages

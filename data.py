@@ -302,7 +302,7 @@ def read_split(root, name, split, skip_broken=False, keep_leaks=False):
 
     `mixed` joins refcoco, refcoco+ and refcocog-umd. Their splits overlap, so its train leaves out
     the images in val and test splits of the three (G-Ref's google split is not compared).
-    `keep_leaks` keeps these images, as DCRIS's authors did for training.
+    `keep_leaks` keeps these images, as DETRIS, the DCRIS authors' program, does.
     """
     parts = [read_refs(root, part) for part in (MIXED if name == "mixed" else (name,))]
     broken = [error for _, errors in parts for error in errors]

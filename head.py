@@ -1,6 +1,6 @@
 """The segmentation head: neck, decoder, projector (DCRIS section 3.4, BarLeRIa appendix C).
 
-It follows CRIS (Wang et al., 2022) and ETRIS (Xu et al., 2023), simplified as in DETRIS, the DCRIS
+It follows ETRIS (Xu et al., 2023), which simplified CRIS (Wang et al., 2022), and DETRIS, the DCRIS
 authors' later program. The three maps are (B, C_i, h, w), words (B, L, D), the sentence (B, E).
 """
 
@@ -41,7 +41,7 @@ def conv_bn_relu(channels, out_channels, kernel=1, layer=nn.Conv2d):
 class Gate(nn.Module):
     """A factor for each channel of a map, from the sentence s: x * (W_o (W_v s + b_v) + b_o).
 
-    CRIS writes it as multi-head attention of every pixel to one token, s. With one key the softmax
+    ETRIS writes it as multi-head attention of every pixel to one token, s. With one key the softmax
     is always 1, so queries, keys and heads have no effect and are left out. All start as in
     PyTorch's attention, where W_q, W_k and W_v are one matrix: W_v Xavier, bound
     sqrt(6 / (4 width)), W_o as every linear layer, b_v and b_o zero.
@@ -66,7 +66,7 @@ class Neck(nn.Module):
         out = ConvBnReLU(ConvBnReLU([F_f, F_coord]))            3x3; F_coord: x and y in [-1, 1]
 
     Three maps (B, C_i, h, w), sentence (B, E) to one map (B, width, h, w); `residual` adds
-    F_f at the end, as DCRIS's authors do.
+    F_f at the end, as DETRIS does (it is not in Eq. 4).
     """
 
     def __init__(self, channels, sentence_width, width, residual):

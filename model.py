@@ -153,7 +153,7 @@ def feature_maps(vision, images, wanted, attached):
 class BarLeRIa(nn.Module):
     """BarLeRIa (Wang et al., 2024, Figure 2): two towers side by side and a global branch.
 
-    In the paper both are CLIP's, and frozen except for their position embeddings. Their blocks have
+    Both are CLIP's, and frozen (in the authors' program all but the positions). Their blocks have
     normalizing flows on their shortcuts and receive visiting tokens from the other tower. The
     global branch reads the patches after every third of 12 blocks.
     """

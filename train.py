@@ -415,7 +415,7 @@ def parse_arguments():
     add("--micro-batch", type=int, default=0, metavar="N",
         help="samples a process takes at once, also in batch norms; gradients add up to the batch")
     add("--keep-leaks", action="store_true",
-        help="mixed: train also on photos of the val and test splits, as DCRIS's authors did")
+        help="mixed: train also on photos of the val and test splits, as DETRIS does")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--init", metavar="CKPT", help="take towers and vocabulary from this run on drawn data, "
                                           "and freeze the towers (but for shapes-full)")
