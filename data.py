@@ -23,6 +23,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import sys
 import tempfile
 from collections import Counter, namedtuple
@@ -230,8 +231,9 @@ class ExpressionSet(Dataset):
 
 
 def leave_signals_to_parent(worker):
-    """Keeps Ctrl-C and torchrun's SIGTERM from a loader's process: its samples are still needed."""
-    os.setsid()
+    """Keeps Ctrl-C and a scheduler's SIGTERM from a loader's process: its samples are needed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_pair(ref, skip_broken=False):
@@ -450,8 +452,7 @@ class Tokenizer:
 
     `tokenizer(texts, length)` gives token ids, int64 (B, length): start, pieces, end, then 0. A
     text that is too long keeps its end token last. Raises DataError if the file is no vocabulary.
-    Reference: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py. Its repair of
-    garbled encodings (ftfy) is left out.
+    Reference: openai/CLIP's clip/simple_tokenizer.py, without its repair of garbled text (ftfy).
     """
 
     def __init__(self, path):

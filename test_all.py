@@ -1923,6 +1923,7 @@ class Runs(unittest.TestCase):
         """A signal ends it after the step, and saves it. Where one process fails, none hangs."""
         for trick, statuses, said, place in (
                 ("terminate", [143], "", (1, 3)), ("interrupt", [130], "", (1, 3)),
+                ("terminate all", [143], "", (1, 3)),
                 ("terminate one", [143, 143], "", (1, 3)), ("terminate at last", [143], "", (1, 6)),
                 ("terminate twice", [-signal.SIGTERM], "", (1, 2)),     # at once, unsaved
                 ("fail at one", [1, 2], ".*photo 7: cannot be read.*", (1, 2)),
@@ -2158,6 +2159,9 @@ TRICKS = {
     "interrupt": (ALL, *STEP, 3, signal.raise_signal, signal.SIGINT),
     "terminate at last": (ALL, *STEP, 6, *TERMINATE),
     "terminate one": (SECOND, *STEP, 3, *TERMINATE),
+    # Loaders, too, as a scheduler does.
+    "terminate all": (ALL, *STEP, 3, lambda: [os.kill(pid, signal.SIGTERM) for pid in (
+        *(child.pid for child in multiprocessing.active_children()), os.getpid())]),
     "terminate twice": (ALL, *STEP, 3, lambda: [signal.raise_signal(signal.SIGTERM)
                                                 for _ in range(2)]),
     "fail at one": (SECOND, *STEP, 3, data.read_photo, "photo 7"),

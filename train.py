@@ -13,8 +13,7 @@ for dropout's random numbers (and, with --micro-batch, the samples in a batch no
 The folder OUT (default: runs/PRESET) is the run. It holds log.jsonl (one object an epoch), last.pt,
 best.pt (by mIoU on val) and val.png. The same command continues a stopped run from last.pt, and
 ends with the weights of an undisturbed run (up to rounding on GPUs). SIGTERM and Ctrl-C stop the
-run after the current step (on GPUs after at most ten more; after a validation) and save it. Twice,
-they end it at once.
+run after the current step (GPUs: at most ten more; or validation) and save it; again, they end it.
 """
 
 import argparse
@@ -158,6 +157,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{progress.loss / progress.step:.4f}", refresh=False)
                 if to_save or stop:
                     self.save()
+        del samples                     # ends its processes
         if stop:
             if self.world > 1:
                 dist.barrier()          # no process leaves before the first has saved
@@ -214,7 +214,6 @@ def train(args, config, init, rank, world, device):
     progress, received = trainer.progress, catch_signals()
     for epoch in range(progress.epoch, config.epochs + 1):
         trainer.epoch(loader, args.save_every, received, f"epoch {epoch}/{config.epochs}")
-
         begun = time.monotonic()
         # As evaluate.py does it: in single precision, 16 photos at once.
         table = evaluate.overlaps(net, val_set, device, workers=args.workers, rank=rank,
@@ -377,11 +376,12 @@ def read_same_run(path, config, run):
 
 
 def catch_signals():
-    """A list to which SIGTERM and SIGINT will be added. The same one again ends the process."""
+    """A list to which SIGTERM and SIGINT will be added. A second later, they end the process."""
     received = []
 
     def note(number, frame):
         received.append(number)
+        time.sleep(1)           # a scheduler signals all processes, and torchrun passes it on
         signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
