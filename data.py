@@ -231,9 +231,9 @@ class ExpressionSet(Dataset):
 
 
 def leave_signals_to_parent(worker):
-    """Keeps Ctrl-C and a scheduler's SIGTERM from a loader's process: its samples are needed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Keeps Ctrl-C from a loader's process, and SIGTERM for 30 s: its samples are still needed."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def read_pair(ref, skip_broken=False):
