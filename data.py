@@ -231,9 +231,10 @@ class ExpressionSet(Dataset):
 
 
 def leave_signals_to_parent(worker):
-    """Keeps Ctrl-C from a loader's process, and SIGTERM for 30 s: its samples are still needed."""
+    """Keeps Ctrl-C from a loader's process; SIGTERM ends it 3 s later. A run that stops needs it."""
     os.setsid()
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(3))
 
 
 def read_pair(ref, skip_broken=False):
@@ -696,8 +697,7 @@ def draw_shapes(root, scenes=None, seed=0, name="shapes"):
     """Draws a data set of DOMAINS into ROOT/NAME, in the REFER layout, and returns that folder.
 
     `scenes` is {split: number}, by default SCENES[NAME]. Two figures of each scene have up to three
-    expressions each. The vocabulary `merges.txt` is learned from the training expressions and
-    WORDS. The folder appears only when it is complete.
+    expressions each. The vocabulary `merges.txt` is learned from those of train, and WORDS.
     """
     folder = Path(root, name)
     with drafting(folder) as draft:
