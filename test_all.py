@@ -1116,13 +1116,18 @@ class Released(unittest.TestCase):
             with self.assertRaisesRegex(backbones.WeightsError, "first: proj.vis.4.bias, .2,."):
                 model.load(path)
             torch.save({"state_dict": state}, path)
-            for dataset, programs in (("refcoco", ()), ("refcocog-google", ("etris",)),
-                                      ("refcocog-umd", ("etris", "detris-b", "detris-l"))):
-                args = argparse.Namespace(dataset=dataset, length=None, vision_weights=None,
-                                          text_weights=None, vocabulary="v")
-                with mock.patch("evaluate.make_tokenizer"):
-                    net = evaluate.load_checkpoint(path, args, torch.device("cpu"))[0]
-                self.assertEqual(net.config.length, 22 if preset in programs else 17)
+            args = argparse.Namespace(dataset="refcocog-umd", length=None, vision_weights=None,
+                                      text_weights=None, vocabulary="v")
+            with mock.patch("evaluate.make_tokenizer"):
+                found = evaluate.load_checkpoint(path, args, CPU)[0].config.length
+            self.assertEqual(found, 17 if "mixed" in preset else 22)
+
+    def test_tokens_of_data_sets(self):
+        names = ("refcoco", "refcocog-umd", "refcocog-google", "mixed", "mine")
+        for preset, lengths in (("dcris-b", [17, 22, 22, 22, 17]), ("etris", [17, 22, 22, 22, 17]),
+                                ("detris-l", [17, 22, 17, 17, 17]), ("detris-l-mixed", [17] * 5)):
+            self.assertEqual([model.usual_length(model.PRESETS[preset], name) for name in names],
+                             lengths, preset)
 
 
 @unittest.skipIf(VOCABULARY is None, "no bpe_simple_vocab_16e6.txt.gz in pretrained/")
