@@ -231,7 +231,7 @@ class ExpressionSet(Dataset):
 
 
 def leave_signals_to_parent(worker):
-    """Keeps Ctrl-C from a loader's process; SIGTERM ends it 3 s later. A run that stops needs it."""
+    """Keeps Ctrl-C from a loader's process. SIGTERM ends it 3 s later; until then a run saves."""
     os.setsid()
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(3))

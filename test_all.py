@@ -882,7 +882,8 @@ class Methods(unittest.TestCase):
                 ("dcris-b", {"vision": "resnet"}, "'resnet' is unknown; there are dinov2-b"),
                 ("dcris-b", {"visual_flows": False}, "visual_flows plays no part in .* dcris"),
                 ("barleria", {"vision": "clip-l", "image_size": 420}, "are not the two towers"),
-                ("shapes-barleria", {"global_blocks": 4}, "blocks 4: the vision tower has 3 blocks"),
+                ("shapes-barleria", {"global_blocks": 4},
+                 "global_blocks 4: the vision tower has 3 blocks"),
                 ("shapes-etris", {"bridges": 4}, "bridges 4: the vision tower has 3 blocks"),
                 ("nothing", {}, "no preset 'nothing'; there are shapes")):
             with self.subTest(preset, **overrides), \
@@ -1116,8 +1117,8 @@ class Released(unittest.TestCase):
             with self.assertRaisesRegex(backbones.WeightsError, "first: proj.vis.4.bias, .2,."):
                 model.load(path)
             torch.save({"state_dict": state}, path)
-            args = argparse.Namespace(dataset="refcocog-umd", length=None, vision_weights=None,
-                                      text_weights=None, vocabulary="v")
+            args = argparse.Namespace(dataset="refcocog-umd", length=None, vocabulary="v",
+                                      vision_weights=None, text_weights=None)
             with mock.patch("evaluate.make_tokenizer"):
                 found = evaluate.load_checkpoint(path, args, CPU)[0].config.length
             self.assertEqual(found, 17 if "mixed" in preset else 22)
@@ -2164,8 +2165,7 @@ TRICKS = {
     "interrupt": (ALL, *STEP, 3, signal.raise_signal, signal.SIGINT),
     "terminate at last": (ALL, *STEP, 6, *TERMINATE),
     "terminate one": (SECOND, *STEP, 3, *TERMINATE),
-    # Loaders, too, as a scheduler does.
-    "terminate all": (ALL, *STEP, 3, lambda: [os.kill(pid, signal.SIGTERM) for pid in (
+    "terminate all": (ALL, *STEP, 3, lambda: [os.kill(pid, signal.SIGTERM) for pid in (  # loaders
         *(child.pid for child in multiprocessing.active_children()), os.getpid())]),
     "terminate twice": (ALL, *STEP, 3, lambda: [signal.raise_signal(signal.SIGTERM)
                                                 for _ in range(2)]),

@@ -13,7 +13,7 @@ for dropout's random numbers (and, with --micro-batch, the samples in a batch no
 The folder OUT (default: runs/PRESET) is the run. It holds log.jsonl (one object an epoch), last.pt,
 best.pt (by mIoU on val) and val.png. The same command continues a stopped run from last.pt, and
 ends with the weights of an undisturbed run (up to rounding on GPUs). SIGTERM and Ctrl-C stop the
-run after the current step (GPUs: at most ten more; or validation) and save it; again, they end it.
+run after the step (on GPUs after at most ten more) or validation, and save it. Twice, they end it.
 """
 
 import argparse
@@ -376,7 +376,7 @@ def read_same_run(path, config, run):
 
 
 def catch_signals():
-    """A list to which SIGTERM and SIGINT will be added. A second later, they end the process."""
+    """A list to which SIGTERM and SIGINT are added. A second later, another ends the process."""
     received = []
 
     def note(number, frame):
